@@ -1,0 +1,344 @@
+"""From a blurred photograph to a sharp one: the parallel sampler for the kernel, a proximal one for the picture."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from blindlib.metrics import recentred
+from blindlib.operators import BOUNDARIES, Blur
+from blindlib.priors import DiffusionPrior, load_prior
+from blindlib.sampler import DiffPIR, sample
+
+Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+
+@dataclass
+class Deblurred:
+    """What :func:`deblur` returns.
+
+    Attributes
+    ----------
+    image : Tensor, shape (1, 3, H, W), in [-1, 1]
+        The sharp photograph.
+    kernel : Tensor, shape (1, 1, K, K)
+        What blurred it, centred.
+    images : Tensor, shape (n, 3, H, W)
+        One restoration for each posterior sample of the kernel, the one whose kernel explains the measurement best
+        first.
+    kernels : Tensor, shape (n, 1, K, K)
+        Those samples of the kernel.
+    blurred : Tensor, shape (1, 3, H, W)
+        What came in, at the size that was worked at.
+    figures : dict
+        ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; ``crop``: top, left and side
+        of the part that the kernel was read from; ``residual``: root mean square of what image and kernel leave
+        unexplained.
+    """
+
+    image: Tensor
+    kernel: Tensor
+    images: Tensor
+    kernels: Tensor
+    blurred: Tensor
+    figures: dict
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the sharp photograph, whole or not at all; the suffix of ``path`` gives the format."""
+        write_image(self.image, path)
+
+
+def deblur(
+    photo: Photo,
+    *,
+    kernel: Tensor | None = None,
+    steps: int = 1000,
+    samples: int = 1,
+    boundary: str = "valid",
+    noise_std: float | None = None,
+    max_size: int | None = 1024,
+    crop: int = 128,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    priors: dict[str, DiffusionPrior] | None = None,
+    progress: bool = True,
+) -> Deblurred:
+    """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
+
+    The kernel is found by parallel diffusion of image and kernel (BlindDPS) on the most textured part; with it, the
+    whole picture is restored by DiffPIR.
+
+    Parameters
+    ----------
+    photo : path, PIL image, array or tensor
+        Any file that Pillow reads: colour, grey, 16 bits, with EXIF rotation; transparency is laid on white. Arrays
+        are (H, W) or (H, W, C), of bytes, 16-bit integers or floats in [0, 1]; tensors (3, H, W) or (1, 3, H, W) in
+        [-1, 1].
+    kernel : Tensor, shape (1, 1, K, K), optional
+        The kernel, if it is known.
+    steps : int
+        Of the parallel diffusion.
+    samples : int
+        Posterior samples of the kernel, each with a restoration of its own.
+    boundary : {"valid", "circular", "zero", "reflect"}
+        ``"valid"`` is right for photographs; the others for measurements that were simulated so.
+    noise_std : float, optional
+        Of the photograph's noise, on the [-1, 1] scale; estimated when not given.
+    max_size : int, optional
+        A photograph whose longer side has more pixels is scaled down to it first, and a line says so. ``None``: never.
+    crop : int
+        Side of the part of the photograph that the kernel is read from, about.
+    seed : int
+    device : str or torch.device
+        ``"auto"``: a GPU where there is one.
+    priors : dict with "image" and "kernel", optional
+        Default: those that ship.
+    progress : bool
+        Print what is being done, with progress bars.
+
+    Returns
+    -------
+    Deblurred
+
+    Raises
+    ------
+    FileNotFoundError, TypeError, ValueError
+        If the photo cannot be read, is too small for the kernel's window, or another argument does not fit.
+    """
+    started = time.perf_counter()
+    say = print if progress else (lambda *_: None)
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    priors = priors or {"image": load_prior("image"), "kernel": load_prior("kernel")}
+    for prior in priors.values():
+        prior.to(device)
+    blur = Blur(boundary)
+
+    y = read_image(photo)
+    scale = 1.0
+    if max_size is not None and max(y.shape[-2:]) > max_size:
+        scale = max_size / max(y.shape[-2:])
+        size = [max(1, round(side * scale)) for side in y.shape[-2:]]
+        say(f"scaling down from {y.shape[-1]}x{y.shape[-2]} to {size[1]}x{size[0]} pixels (max_size={max_size})")
+        y = F.interpolate(y, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    y = y.to(device)
+    noise_std = estimate_noise(y) if noise_std is None else noise_std
+
+    figures = dict(noise_std=noise_std, scale=scale)
+    if kernel is None:
+        window = priors["kernel"].shape[1]
+        part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
+        say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
+        run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, progress=progress)
+        kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
+    else:
+        kernels = kernel.to(device)
+    say(f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
+    images = torch.cat([restore(y, k[None], priors["image"], blur, noise_std, progress=progress) for k in kernels])
+    figures["residual"] = float(_unexplained(y, images[:1], kernels[:1], blur))
+    figures["seconds"] = time.perf_counter() - started
+    return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
+
+
+def restore(
+    y: Tensor,
+    kernel: Tensor,
+    prior: DiffusionPrior,
+    blur: Blur,
+    noise_std: float,
+    *,
+    steps: int = 30,
+    tile: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Undo a blur with a known kernel by DiffPIR, piece by piece where the picture is large.
+
+    Parameters
+    ----------
+    y : Tensor, shape (1, 3, H, W)
+    kernel : Tensor, shape (1, 1, K, K)
+    prior : DiffusionPrior
+        Of images.
+    blur : Blur
+        Its boundary decides how the picture's edges are treated. Only ``"valid"`` allows pieces, and sizes that
+        are no multiples of the prior's stride.
+    noise_std : float
+    steps : int
+    tile : int
+        Larger pictures are cut into overlapping pieces of about this side.
+    progress : bool
+
+    Returns
+    -------
+    Tensor, shape (1, 3, H, W)
+        The scene where ``y`` saw it.
+    """
+    guidance = DiffPIR(noise_std=noise_std)
+    if blur.boundary != "valid":
+        return sample(y, partial(blur, kernel=kernel), {"image": prior}, steps=steps, guidance=guidance).image
+    k = kernel.shape[-1]
+    spans = [_spans(side, tile, k) for side in y.shape[-2:]]
+    pieces = [(top, left) for top in spans[0] for left in spans[1]]
+    out, weight = torch.zeros_like(y), torch.zeros_like(y[:, :1])
+    for (top, bottom), (left, right) in _bar(pieces, progress and len(pieces) > 1):
+        part = y[..., top:bottom, left:right]
+        # A border of zeros on the kernel makes the scene a little larger, up to a size that the prior takes.
+        grow = [-(side + k - 1) % prior.stride for side in part.shape[-2:]]
+        before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
+        grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
+        scene = sample(part, partial(blur, kernel=grown), {"image": prior}, steps=steps, guidance=guidance).image
+        first = [(k + g) - 1 - (k + g) // 2 for g in grow]
+        seen = scene[..., first[0] : first[0] + bottom - top, first[1] : first[1] + right - left]
+        ramp = _ramp(bottom - top, k, y)[:, None] * _ramp(right - left, k, y)
+        out[..., top:bottom, left:right] += ramp * seen
+        weight[..., top:bottom, left:right] += ramp
+    return out / weight
+
+
+def estimate_noise(y: Tensor) -> float:
+    """Standard deviation of white noise in ``y`` (B, C, H, W), from the median of its diagonal differences.
+
+    Blur leaves next to nothing at the finest diagonal scale, so what is there is noise (Donoho & Johnstone,
+    Biometrika 1994). At least 0.004: half a grey level of a byte.
+    """
+    d = (y[..., 1:, 1:] + y[..., :-1, :-1] - y[..., 1:, :-1] - y[..., :-1, 1:]) / 2
+    return max(float(d.abs().median()) / 0.6745, 0.004)
+
+
+def read_image(photo: Photo) -> Tensor:
+    """Any picture as a tensor (1, 3, H, W) in [-1, 1]; see :func:`deblur` for what it takes, and its errors."""
+    if isinstance(photo, Tensor):
+        x = photo[None] if photo.ndim == 3 else photo
+        if not x.is_floating_point():
+            raise TypeError(f"photo: a tensor is expected to hold floats in [-1, 1], got {x.dtype}")
+        if x.ndim != 4 or x.shape[:2] != (1, 3):
+            raise ValueError(f"photo: expected a tensor (3, H, W) or (1, 3, H, W), got {tuple(photo.shape)}")
+        if not bool(torch.isfinite(x).all()) or float(x.abs().max()) > 3:
+            raise ValueError("photo: expected a tensor of finite values in [-1, 1]; it has NaN or larger ones")
+        return x.float()
+    if isinstance(photo, str | os.PathLike):
+        if not Path(photo).is_file():
+            raise FileNotFoundError(f"photo: no file {os.fspath(photo)!r}")
+        try:
+            with Image.open(photo) as opened:
+                opened.load()
+                photo = ImageOps.exif_transpose(opened)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({error})") from None
+    if isinstance(photo, Image.Image):
+        if photo.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+            photo = np.asarray(photo).astype(np.float32) / (65535 if photo.mode != "F" else 1)
+        elif photo.mode in ("RGBA", "LA", "PA") or "transparency" in photo.info:
+            rgba = photo.convert("RGBA")
+            photo = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+        else:
+            photo = np.asarray(photo.convert("RGB"))
+    if not isinstance(photo, np.ndarray):
+        raise TypeError(f"photo: expected a path, PIL image, array or tensor, got {type(photo).__name__}")
+    if photo.ndim not in (2, 3) or (photo.ndim == 3 and photo.shape[2] not in (1, 3, 4)) or 0 in photo.shape:
+        raise ValueError(f"photo: expected an array (H, W), (H, W, 3) or (H, W, 4), got {photo.shape}")
+    if photo.dtype not in (np.uint8, np.uint16) and not np.issubdtype(photo.dtype, np.floating):
+        raise TypeError(f"photo: expected an array of uint8, uint16 or floats in [0, 1], got {photo.dtype}")
+    full = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}.get(photo.dtype, 1)
+    x = torch.from_numpy(photo.astype(np.float32) / full)
+    if not bool(torch.isfinite(x).all()) or float(x.min()) < -0.01 or float(x.max()) > 1.01:
+        raise ValueError(f"photo: floats are expected in [0, 1], got [{float(x.min()):.3g}, {float(x.max()):.3g}]")
+    x = x[:, :, None] if x.ndim == 2 else x
+    if x.shape[2] == 4:
+        x = x[:, :, :3] * x[:, :, 3:] + 1 - x[:, :, 3:]
+    return 2 * x.expand(*x.shape[:2], 3).permute(2, 0, 1)[None].contiguous() - 1
+
+
+def write_image(image: Tensor, path: str | os.PathLike) -> None:
+    """Write an image (1, 3, H, W) or (1, 1, H, W) in [-1, 1], whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        If the suffix of ``path`` is of no known format.
+    FileNotFoundError
+        If its folder does not exist.
+    """
+    path, kind = Path(path), check_output(path)
+    x = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    part = path.with_name(path.name + ".part")
+    Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(part, format=kind, quality=95)
+    part.replace(path)
+
+
+def check_output(path: str | os.PathLike) -> str:
+    """The image format that ``path`` asks for; raises as :func:`write_image`, so that nothing is computed in vain."""
+    path, formats = Path(path), Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"path: no image format to write goes by the suffix {path.suffix!r}; take .png or .jpg")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {str(path.parent)!r}")
+    return formats[path.suffix.lower()]
+
+
+def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int) -> tuple[Tensor, tuple]:
+    """The square part with most edges, of such a size that the scene behind it suits the prior; and where it is."""
+    h, w = y.shape[-2:]
+    grow = window - 1 if boundary == "valid" else 0
+    if boundary != "valid":
+        return y, (0, 0, h)
+    side = (min(h, w, crop) + grow) // stride * stride - grow
+    if side < window:
+        raise ValueError(f"photo: {w}x{h} pixels are too few to read a kernel of up to {window} pixels from")
+    grey = y.mean(1, keepdim=True)
+    edges = F.pad((grey.diff(dim=2)[..., :-1].square() + grey.diff(dim=3)[..., :-1, :].square()).sqrt(), (0, 1, 0, 1))
+    edges = edges * (grey.abs() < 0.97)  # clipped highlights break the linear model
+    score = F.avg_pool2d(edges, side, stride=max(1, side // 16))[0, 0]
+    best = int(score.argmax())
+    top, left = (best // score.shape[1]) * max(1, side // 16), (best % score.shape[1]) * max(1, side // 16)
+    return y[..., top : top + side, left : left + side], (top, left, side)
+
+
+def _cleaned(kernel: Tensor) -> Tensor:
+    """Kernels without the faint haze below 3 % of the peak, which is noise of the sampler."""
+    k = torch.where(kernel < 0.03 * kernel.amax((2, 3), keepdim=True), 0, kernel)
+    return k / k.sum((2, 3), keepdim=True)
+
+
+def _unexplained(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:
+    """Root mean square residual where the restored picture reaches."""
+    again = blur(image, kernel)
+    cut = [(a - b) for a, b in zip(y.shape[-2:], again.shape[-2:], strict=True)]
+    k = kernel.shape[-1]
+    first = [k - 1 - k // 2 if c else 0 for c in cut]
+    seen = y[..., first[0] : first[0] + again.shape[-2], first[1] : first[1] + again.shape[-1]]
+    return (seen - again).square().mean().sqrt()
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Overlapping intervals of about ``tile`` that cover ``length``."""
+    if length <= tile + overlap:
+        return [(0, length)]
+    n = -(-(length - overlap) // (tile - overlap))
+    starts = [round(i * (length - tile) / (n - 1)) for i in range(n)]
+    return [(s, s + tile) for s in starts]
+
+
+def _ramp(length: int, overlap: int, like: Tensor) -> Tensor:
+    """Weights that fade towards both ends of a piece, for a seamless overlap."""
+    i = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+    return (torch.minimum(i, length - i) / overlap).clamp(max=1)
+
+
+def _bar(items: list, progress: bool) -> list:
+    if not progress:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc="restoring", unit="piece")

@@ -1,0 +1,147 @@
+"""Pictures and widgets for the notebooks: rows of images, kernels and films of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+    from matplotlib.figure import Figure
+
+
+def picture(x: Tensor) -> np.ndarray:
+    """One image or kernel as an array that matplotlib and Pillow show: (H, W, 3) or (H, W), bytes.
+
+    ``x`` is (C, H, W), or (1, C, H, W). Three channels are an image in [-1, 1]; one channel is a kernel, whose peak
+    becomes white, with a gamma of 1.5 that lets its faint parts be seen.
+    """
+    x = x.detach().cpu().float()
+    x = x[0] if x.ndim == 4 else x
+    if x.shape[0] == 1:
+        grey = (x[0].clamp(min=0) / x.max().clamp(min=1e-12)) ** (1 / 1.5)
+        return (255 * grey).round().byte().numpy()
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | None = None, size: float = 2.2) -> Figure:
+    """A grid of images and kernels, titled by the mapping's keys; ``size`` is the width of each in inches."""
+    import matplotlib.pyplot as plt
+
+    named = pictures if isinstance(pictures, Mapping) else {i: x for i, x in enumerate(pictures)}
+    columns = columns or len(named)
+    rows = -(-len(named) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, (size + 0.25) * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, x) in zip(axes.flat, named.items(), strict=False):
+        axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        if isinstance(title, str):
+            axis.set_title(title, fontsize=9)
+    return figure
+
+
+def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Figure:
+    """The frames of a run side by side, one row for each latent; titles give the time t."""
+    import matplotlib.pyplot as plt
+
+    times = history["t"].tolist()
+    figure, axes = plt.subplots(
+        len(names), len(times), figsize=(1.5 * len(times), 1.65 * len(names)), layout="constrained", squeeze=False
+    )
+    for row, name in zip(axes, names, strict=True):
+        for axis, t, x in zip(row, times, history[name][:, item], strict=True):
+            axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.axis("off")
+            if name == names[0]:
+                axis.set_title(f"t = {t}", fontsize=8)
+    return figure
+
+
+def png(x: Tensor, width: int = 256) -> bytes:
+    """One image or kernel as the bytes of a PNG file, enlarged to ``width`` pixels without smoothing."""
+    import io
+
+    from PIL import Image
+
+    image = Image.fromarray(picture(x))
+    image = image.resize((width, round(width * image.height / image.width)), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def scrubber(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Widget:
+    """A slider that runs through the frames of a finished run; needs ipywidgets."""
+    import ipywidgets as w
+
+    frames = [[png(history[name][i, item], 220) for name in names] for i in range(len(history["t"]))]
+    views = [w.Image(format="png", layout=w.Layout(width="220px")) for _ in names]
+    label = w.Label()
+    slider = w.IntSlider(description="frame", min=0, max=len(frames) - 1, value=len(frames) - 1)
+    play = w.Play(min=0, max=len(frames) - 1, interval=150)
+    w.jslink((play, "value"), (slider, "value"))
+
+    def update(change: dict) -> None:
+        i = change["new"]
+        for view, data in zip(views, frames[i], strict=True):
+            view.value = data
+        label.value = f"t = {int(history['t'][i])}, residual {float(history['residual'][i, item]):.3f}"
+
+    slider.observe(update, "value")
+    update({"new": slider.value})
+    return w.VBox([w.HBox([play, slider, label]), w.HBox(views)])
+
+
+def chooser(results: Mapping[tuple, Mapping[str, Tensor]], labels: Sequence[str]) -> Widget:
+    """A panel to pick one of many precomputed results by its keys; needs ipywidgets.
+
+    Parameters
+    ----------
+    results : mapping of a tuple of choices to named pictures
+        Such as ``{("astronaut", 0.02): {"blurred": y, "sharp": x}, ...}``; every combination is present.
+    labels : sequence of str
+        What each position of the tuples is.
+    """
+    import ipywidgets as w
+
+    options = [list(dict.fromkeys(key[i] for key in results)) for i in range(len(labels))]
+    pickers = [
+        w.SelectionSlider(description=label, options=choices) if len(choices) > 1 and not isinstance(choices[0], str)
+        else w.Dropdown(description=label, options=choices)
+        for label, choices in zip(labels, options, strict=True)
+    ]  # fmt: skip
+    shown = w.HBox()
+
+    def update(_: object = None) -> None:
+        pictures = results[tuple(p.value for p in pickers)]
+        shown.children = [
+            w.VBox([w.Label(name), w.Image(value=png(x, 200), format="png", layout=w.Layout(width="200px"))])
+            for name, x in pictures.items()
+        ]
+
+    for picker in pickers:
+        picker.observe(update, "value")
+    update()
+    return w.VBox([w.HBox(pickers), shown])
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """Write a figure at a size for the web, whole or not at all."""
+    from pathlib import Path
+
+    target = Path(path)
+    part = target.with_name(target.name + ".part")
+    figure.savefig(part, dpi=110, format=target.suffix[1:])
+    part.replace(target)
+
+
+def spread(samples: Tensor) -> Tensor:
+    """Standard deviation over posterior samples (n, C, H, W) as one picture (1, H, W): where they disagree."""
+    return torch.std(samples.detach().cpu(), dim=0).mean(0, keepdim=True)

@@ -1,0 +1,86 @@
+"""Figures of merit for blind restoration, where image and kernel are known only up to a common shift."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], after the best integer shift.
+
+    Parameters
+    ----------
+    x, ref : Tensor, shape (B, C, H, W)
+    max_shift : int
+        Shifts of up to this many pixels along each axis are tried, and a border as wide is left out
+        for each of them, so that all are scored on the same pixels of ``ref``.
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, are not (B, C, H, W), or leave nothing between the borders.
+    """
+    if x.shape != ref.shape or x.ndim != 4:
+        raise ValueError(f"x: expected the shape of ref, {tuple(ref.shape)}, of rank 4; got {tuple(x.shape)}")
+    m, (h, w) = max_shift, x.shape[-2:]
+    if m < 0 or 2 * m >= min(h, w):
+        raise ValueError(f"max_shift: expected 0 <= max_shift < {min(h, w) / 2}, got {max_shift}")
+    inner = ref[..., m : h - m, m : w - m]
+    errors = [
+        (x[..., m + dy : h - m + dy, m + dx : w - m + dx] - inner).square().mean((1, 2, 3))
+        for dy in range(-m, m + 1)
+        for dx in range(-m, m + 1)
+    ]
+    return 10 * torch.log10(4 / torch.stack(errors).amin(0).clamp(min=1e-12))
+
+
+def mnc(kernel: Tensor, ref: Tensor) -> Tensor:
+    """Maximum of normalised convolution: the largest cosine between two kernels over all shifts (Hu & Yang, ECCV 2012).
+
+    Parameters
+    ----------
+    kernel, ref : Tensor, shapes (B, 1, K, K) and (B or 1, 1, L, L)
+        The windows may differ in size.
+
+    Returns
+    -------
+    Tensor, shape (B,)
+        1 for the same kernel up to a shift; at least 0 for non-negative kernels.
+
+    Raises
+    ------
+    ValueError
+        If either is not of rank 4 with one channel, or the batch sizes do not fit.
+    """
+    for name, k in (("kernel", kernel), ("ref", ref)):
+        if k.ndim != 4 or k.shape[1] != 1:
+            raise ValueError(f"{name}: expected shape (B, 1, K, K), got {tuple(k.shape)}")
+    if ref.shape[0] not in (1, kernel.shape[0]):
+        raise ValueError(f"ref: expected one kernel or {kernel.shape[0]}, got {ref.shape[0]}")
+    size = [a + b - 1 for a, b in zip(kernel.shape[-2:], ref.shape[-2:], strict=True)]
+    # FFT of real kernels in double precision: the peak is to be exact to float tolerance.
+    spectrum = torch.fft.rfft2(kernel.double(), s=size) * torch.fft.rfft2(ref.double(), s=size).conj()
+    peak = torch.fft.irfft2(spectrum, s=size).amax((1, 2, 3))
+    norms = kernel.double().flatten(1).norm(dim=1) * ref.double().flatten(1).norm(dim=1)
+    return (peak / norms.clamp(min=1e-30)).float()
+
+
+def recentred(kernel: Tensor) -> Tensor:
+    """Kernels (B, 1, K, K) shifted by whole pixels so that their centre of mass lies nearest to pixel ``K // 2``.
+
+    What leaves the window on one side is lost, not wrapped, and the sum is restored.
+    """
+    k, l = kernel.shape[-2:]
+    out = torch.empty_like(kernel)
+    for i, one in enumerate(kernel):
+        mass = one / one.sum()
+        dy = k // 2 - int(torch.round((mass.sum((0, 2)) * torch.arange(k, device=one.device)).sum()))
+        dx = l // 2 - int(torch.round((mass.sum((0, 1)) * torch.arange(l, device=one.device)).sum()))
+        out[i] = F.pad(one, (dx, -dx, dy, -dy))
+    return out / out.sum((-2, -1), keepdim=True)

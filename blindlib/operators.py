@@ -1,0 +1,184 @@
+"""Forward models ``A``: what the camera does to the scene. They are called with the physical latents by name.
+
+A blur is true convolution with the kernel's centre at pixel ``K // 2``, written ``(k * x)[n] = sum_j k[j] x[n - j + K
+// 2]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BOUNDARIES = ("circular", "zero", "reflect", "valid")
+
+
+class Blur:
+    """Convolution of an image with a kernel, the same for all pixels.
+
+    Parameters
+    ----------
+    boundary : {"circular", "zero", "reflect", "valid"}
+        What lies beyond the image's edges: its opposite side; black (mid grey on the [-1, 1] scale); its mirror
+        image; or, with ``"valid"``, nothing: only pixels whose whole neighbourhood is known come out, K - 1 fewer
+        along each axis. That last one is how a real photograph comes about: the scene is larger than what the sensor
+        sees.
+
+    Raises
+    ------
+    ValueError
+        If the boundary is not one of these.
+
+    Examples
+    --------
+    >>> blur = Blur(boundary="valid")
+    >>> blur(torch.zeros(1, 3, 95, 95), torch.ones(1, 1, 32, 32) / 1024).shape
+    torch.Size([1, 3, 64, 64])
+    """
+
+    def __init__(self, boundary: str = "circular") -> None:
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
+        self.boundary = boundary
+
+    def __repr__(self) -> str:
+        return f"Blur(boundary={self.boundary!r})"
+
+    def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
+        """Blur ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1 or C, K, L); (B, C, H, W), or smaller if "valid".
+
+        Differentiable in both.
+
+        Raises
+        ------
+        TypeError
+            If either is not a floating-point tensor.
+        ValueError
+            If ranks, batch sizes, channels or devices do not fit, or the kernel is larger than the image.
+        """
+        _check_pair(image, kernel)
+        k, l = kernel.shape[-2:]
+        if self.boundary == "circular":
+            return _circular(image, kernel)
+        if self.boundary != "valid":
+            image = F.pad(
+                image, (l - 1 - l // 2, l // 2, k - 1 - k // 2, k // 2),
+                mode="constant" if self.boundary == "zero" else "reflect",
+            )  # fmt: skip
+        # Direct convolution costs K L operations a pixel, the FFT a few dozen.
+        return (convolve_direct if k * l <= 36 else convolve_fft)(image, kernel)
+
+    def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
+        """The sizes of latents that follow from those of the measurement and of the other latents."""
+        grow = 1 if self.boundary == "valid" else 0
+        return {"image": tuple(m + grow * (k - 1) for m, k in zip(measured, kernel, strict=True))}
+
+    def adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
+        """A^T y for the blur with ``kernel``: ``y`` (B, C, h, w) as it comes out, result as the image goes in."""
+        size = self.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
+        with torch.enable_grad():
+            # The adjoint of a linear map is the transpose of its (constant) Jacobian.
+            image = torch.zeros(*y.shape[:2], *size, dtype=y.dtype, device=y.device, requires_grad=True)
+            return torch.autograd.grad(self(image, kernel.detach()), image, y)[0]
+
+    def solve(
+        self, y: Tensor, kernel: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12
+    ) -> Tensor:
+        """The proximal map of the data term: ``argmin_x |y - k * x|^2 + weight |x - image|^2``.
+
+        In closed form with FFTs where the boundary is circular; by conjugate gradients, started at ``image``, where
+        it is not.
+
+        Parameters
+        ----------
+        y : Tensor (B, C, h, w)
+        kernel : Tensor (B or 1, 1 or C, K, L)
+        image : Tensor (B, C, H, W)
+        weight : float or Tensor (B, 1, 1, 1)
+            Positive.
+        iterations : int
+            Of conjugate gradients.
+        """
+        if self.boundary == "circular":
+            h = otf(kernel, tuple(y.shape[-2:]))
+            top = h.conj() * torch.fft.rfft2(y) + weight * torch.fft.rfft2(image)
+            return torch.fft.irfft2(top / (h.abs() ** 2 + weight), s=y.shape[-2:])
+
+        def normal(x: Tensor) -> Tensor:
+            return self.adjoint(self(x, kernel), kernel) + weight * x
+
+        x = image
+        r = self.adjoint(y - self(x, kernel), kernel)
+        p, rr = r, _dot(r, r)
+        for _ in range(iterations):
+            q = normal(p)
+            step = rr / _dot(p, q).clamp(min=1e-20)
+            x, r = x + step * p, r - step * q
+            rr, previous = _dot(r, r), rr
+            p = r + rr / previous.clamp(min=1e-20) * p
+        return x
+
+
+def otf(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+    """Transfer function (B, C, H, W // 2 + 1) of ``kernel``, its centre at the origin, on periodic images of ``size``."""
+    k, l = kernel.shape[-2:]
+    padded = F.pad(kernel, (0, size[1] - l, 0, size[0] - k))
+    return torch.fft.rfft2(padded.roll((-(k // 2), -(l // 2)), (-2, -1)))
+
+
+def convolve_fft(image: Tensor, kernel: Tensor) -> Tensor:
+    """Valid convolution by FFT; shapes as for :class:`Blur`."""
+    h, w = image.shape[-2:]
+    k, l = kernel.shape[-2:]
+    size = (_fast_length(h), _fast_length(w))
+    out = torch.fft.irfft2(torch.fft.rfft2(image, s=size) * torch.fft.rfft2(kernel, s=size), s=size)
+    return out[..., k - 1 : h, l - 1 : w]
+
+
+def convolve_direct(image: Tensor, kernel: Tensor) -> Tensor:
+    """Valid convolution term by term; shapes as for :class:`Blur`."""
+    b, c, h, w = image.shape
+    k, l = kernel.shape[-2:]
+    weight = kernel.flip(-2, -1).expand(b, c, k, l).reshape(b * c, 1, k, l)
+    return F.conv2d(image.reshape(1, b * c, h, w), weight, groups=b * c).reshape(b, c, h - k + 1, w - l + 1)
+
+
+def _circular(image: Tensor, kernel: Tensor) -> Tensor:
+    size = tuple(image.shape[-2:])
+    return torch.fft.irfft2(torch.fft.rfft2(image) * otf(kernel, size), s=size)
+
+
+def _fast_length(n: int) -> int:
+    """The least length >= n whose only prime factors are 2, 3 and 5."""
+    while True:
+        m = n
+        for p in (2, 3, 5):
+            while m % p == 0:
+                m //= p
+        if m == 1:
+            return n
+        n += 1
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((1, 2, 3), keepdim=True)
+
+
+def _check_pair(image: Tensor, kernel: Tensor) -> None:
+    for name, x in (("image", image), ("kernel", kernel)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
+    if image.device != kernel.device:
+        raise ValueError(f"kernel: is on {kernel.device}, the image on {image.device}; move one with .to(device)")
+    if kernel.shape[0] not in (1, image.shape[0]) or kernel.shape[1] not in (1, image.shape[1]):
+        raise ValueError(
+            f"kernel: expected one, or one an image ({image.shape[0]}) and channel ({image.shape[1]}); "
+            f"got shape {tuple(kernel.shape)}"
+        )
+    if kernel.shape[-2] > image.shape[-2] or kernel.shape[-1] > image.shape[-1]:
+        raise ValueError(
+            f"kernel: {tuple(kernel.shape[-2:])} is larger than the image, {tuple(image.shape[-2:])} pixels"
+        )

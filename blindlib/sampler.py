@@ -1,0 +1,370 @@
+"""Posterior sampling of any number of latents in parallel, tied together by one measurement.
+
+:func:`sample` is the loop; what happens in one step is a *guidance*: :class:`DPS` is BlindDPS when two latents or
+more are unknown and DPS when only the image is; :class:`DiffPIR` replaces the gradient by a proximal solve and needs
+the operator known.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blindlib.priors import Prior
+
+Latents = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DPS:
+    """Guidance by the gradient of the residual's norm: DPS (arXiv 2209.14687), BlindDPS (arXiv 2211.10656, alg. 1).
+
+    Parameters
+    ----------
+    step_size : float or mapping of latent name to float
+        alpha in the paper, which uses 0.3.
+    growing : bool
+        Multiply the step size by sqrt(alpha_bar_t), as the released code does (with ``step_size=1``): small steps
+        while the estimates are coarse.
+    sparsity : mapping of latent name to float
+        Weight lambda of the l1 norm of a latent, scaled to [0, 1]: for a kernel that is the kernel with peak 1,
+        *before* it is divided by its sum (afterwards its l1 norm is 1, whatever the kernel, and has no gradient).
+    """
+
+    step_size: float | Mapping[str, float] = 1.0
+    growing: bool = True
+    sparsity: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        x: Latents,
+        t: int,
+        t_prev: int,
+        y: Tensor,
+        operator: Callable,
+        priors: Mapping[str, Prior],
+        noise: Latents,
+    ) -> tuple[Latents, Latents, Tensor]:
+        """One step of all latents from ``t`` to ``t_prev``.
+
+        Returns the new latents, the posterior means x0_hat (as diffusion variables), and the residual's norm (B,).
+        """
+        x = {name: value.detach().requires_grad_(True) for name, value in x.items()}
+        with torch.enable_grad():
+            estimates = {name: priors[name].estimate(x[name], t) for name in x}
+            x0 = {name: mean for name, (mean, _) in estimates.items()}
+            residual = y - operator(**{name: priors[name].physical(mean) for name, mean in x0.items()})
+            norm = residual.flatten(1).norm(dim=1)
+            objective = norm.sum()
+            for name, weight in self.sparsity.items():
+                objective = objective + weight * ((x0[name] + 1) / 2).abs().sum()
+            gradient = dict(zip(x, torch.autograd.grad(objective, list(x.values())), strict=True))
+
+        new = {}
+        with torch.no_grad():
+            for name, (mean, extra) in estimates.items():
+                new[name] = priors[name].step(x[name], mean, t, t_prev, noise[name], extra)
+                new[name] -= self.scale(name, t, priors[name]) * gradient[name]
+        return new, {name: mean.detach() for name, mean in x0.items()}, norm.detach()
+
+    def scale(self, name: str, t: int, prior: Prior) -> float:
+        """Step size of latent ``name`` at time ``t``."""
+        size = self.step_size[name] if isinstance(self.step_size, Mapping) else self.step_size
+        return size * math.sqrt(prior.schedule.alpha_bar(t)) if self.growing else size
+
+
+@dataclass(frozen=True)
+class DiffPIR:
+    """Guidance by the proximal map of the data term: DiffPIR (arXiv 2305.08995, alg. 1), for a known linear operator.
+
+    No gradient passes through the network, and the operator's ``solve`` does the rest: 20 to 100 steps suffice.
+
+    Parameters
+    ----------
+    noise_std : float
+        Of the measurement, on the [-1, 1] scale.
+    strength : float
+        lambda in the paper: weight of the prior against the data.
+    eta : float
+        zeta in the paper: share of fresh noise in each step, 1 for posterior samples; 0 is deterministic.
+    """
+
+    noise_std: float
+    strength: float = 1.0
+    eta: float = 1.0
+
+    def __call__(
+        self,
+        x: Latents,
+        t: int,
+        t_prev: int,
+        y: Tensor,
+        operator: Callable,
+        priors: Mapping[str, Prior],
+        noise: Latents,
+    ) -> tuple[Latents, Latents, Tensor]:
+        """One step of the image from ``t`` to ``t_prev``; returns as :meth:`DPS.__call__`."""
+        (name,) = x
+        prior = priors[name]
+        schedule = prior.schedule
+        x0, _ = prior.estimate(x[name], t)
+        weight = self.strength * (max(self.noise_std, 1e-3) / schedule.sigma(t)) ** 2
+        x0 = solve(operator, y, x0, weight)
+        norm = (y - operator(**{name: x0})).flatten(1).norm(dim=1)
+        a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+        eps = (x[name] - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        eps = math.sqrt(1 - self.eta) * eps + math.sqrt(self.eta) * noise[name]
+        return {name: math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps}, {name: x0}, norm
+
+
+def solve(operator: Callable, y: Tensor, image: Tensor, weight: float) -> Tensor:
+    """The proximal map of ``operator``, or of ``partial(operator, kernel=...)``, at ``image``."""
+    whole = operator.func if isinstance(operator, functools.partial) else operator
+    if not hasattr(whole, "solve"):
+        raise TypeError(f"operator: this guidance needs an operator with a solve method, {whole!r} has none")
+    known = operator.keywords if isinstance(operator, functools.partial) else {}
+    return whole.solve(y, image=image, weight=weight, **known)
+
+
+@dataclass
+class Result:
+    """What :func:`sample` returns. Latents are attributes too: ``result.image``, ``result.kernel``.
+
+    Attributes
+    ----------
+    latents : dict of name to Tensor
+        Physical estimates, (B * samples, C, H, W); the samples of one measurement are neighbours.
+    samples : int
+        Posterior samples of each measurement.
+    residual : Tensor, shape (B * samples,)
+        Root mean square of y - A(x) at the last step; the noise's standard deviation if all went well.
+    evaluations : int
+        Network evaluations of each latent, with their backward passes where the guidance has any.
+    seconds : float
+    history : dict
+        ``"t"``: the times of the frames kept; each latent's name: its estimates then, (frames, B * samples, C, H, W),
+        on the CPU; ``"residual"``: (frames, B * samples).
+    """
+
+    latents: Latents
+    samples: int
+    residual: Tensor
+    evaluations: int
+    seconds: float
+    history: dict[str, Tensor]
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "latents" and name in self.latents:
+            return self.latents[name]
+        raise AttributeError(f"no latent {name!r} in this result")
+
+    def posterior(self, name: str) -> Tensor:
+        """The samples of a latent, (B, samples, C, H, W)."""
+        return self.latents[name].unflatten(0, (-1, self.samples))
+
+
+def sample(
+    y: Tensor,
+    operator: Callable[..., Tensor],
+    priors: Mapping[str, Prior],
+    *,
+    steps: int = 1000,
+    seed: int | Sequence[int] = 0,
+    guidance: Callable | None = None,
+    samples: int = 1,
+    history: int = 0,
+    progress: bool = False,
+    callback: Callable[[int, Latents], None] | None = None,
+) -> Result:
+    """Draw the unknowns of ``y = operator(**latents) + noise`` from their posterior, in parallel (BlindDPS, alg. 1).
+
+    Parameters
+    ----------
+    y : Tensor, shape (B, C, h, w)
+        Measurements, about [-1, 1] plus noise. Items of a batch do not influence one another.
+    operator : callable
+        Called with the physical latents by name, such as ``Blur()``. What is known is fixed with
+        ``functools.partial(operator, kernel=k)``.
+    priors : mapping of name to Prior
+        One for each of the operator's unknown arguments.
+    steps : int
+        Reverse steps, from 1 to the length of the priors' schedule.
+    seed : int or sequence of int
+        The noise is a function of it and the index of the posterior sample; one for all measurements or one for each.
+        An item comes out the same alone or in a batch.
+    guidance : callable, optional
+        What one step does; default ``DPS()``.
+    samples : int
+        Independent posterior samples of each measurement.
+    history : int
+        How many frames of the run to keep, evenly spaced.
+    progress : bool
+        Show a progress bar.
+    callback : callable, optional
+        Called after each step with its number and the current physical estimates.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; the message names it, says what came and what is expected.
+    ArithmeticError
+        If the run diverges; the message names the step and a remedy.
+
+    Examples
+    --------
+    >>> priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}     # doctest: +SKIP
+    >>> sample(y, Blur(), priors, steps=1000).kernel                                # doctest: +SKIP
+    """
+    guidance = DPS() if guidance is None else guidance
+    shapes, schedule = _check(y, operator, priors, samples)
+    times = schedule.timesteps(steps)
+    if history < 0 or history > steps:
+        raise ValueError(f"history: expected 0 <= history <= steps = {steps}, got {history}")
+    draws = _Noise(seed, len(y), samples, y.device)
+    if isinstance(operator, functools.partial):
+        known = {name: _repeated(value, len(y), samples) for name, value in operator.keywords.items()}
+        operator = functools.partial(operator.func, *operator.args, **known)
+    y = y.repeat_interleave(samples, 0)
+    x = {name: prior.start(draws(*shapes[name])) for name, prior in priors.items()}
+
+    frames = {round((i + 1) * steps / history) - 1 for i in range(history)}
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("t", "residual", *priors)}
+    pixels = math.sqrt(y[0].numel())
+    started = time.perf_counter()
+    for i, (t, t_prev) in enumerate(_bar(list(zip(times, [*times[1:], -1], strict=True)), progress)):
+        noise = {name: draws(*shapes[name]) for name in priors}
+        with torch.no_grad():
+            x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
+        if not bool(torch.isfinite(norm).all()) or float(norm.max()) > 100 * pixels:
+            raise ArithmeticError(
+                f"sample: diverged at step {i + 1} of {steps} (t = {t}), the residual's norm is {float(norm.max()):.3g};"
+                " take a smaller step_size or more steps, and check that y is on the [-1, 1] scale"
+            )
+        if i in frames or callback is not None:
+            now = {name: priors[name].physical(mean) for name, mean in x0.items()}
+            if i in frames:
+                for name, value in {**now, "residual": norm / pixels, "t": torch.tensor(t)}.items():
+                    kept[name].append(value.cpu())
+            if callback is not None:
+                callback(i, now)
+    latents = {name: priors[name].physical(value) for name, value in x.items()}
+    return Result(
+        latents=latents,
+        samples=samples,
+        residual=norm / pixels,
+        evaluations=steps,
+        seconds=time.perf_counter() - started,
+        history={name: torch.stack(values) for name, values in kept.items() if values},
+    )
+
+
+def _repeated(value: object, batch: int, samples: int) -> object:
+    """What is known of each measurement, for each of its samples."""
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value.repeat_interleave(samples, 0)
+    return value
+
+
+class _Noise:
+    """Standard normal draws (B * samples, ...) that depend on the seed and the sample's index, not on the batch.
+
+    Drawn on the CPU, so that a seed gives the same result on every device.
+    """
+
+    def __init__(self, seed: int | Sequence[int], batch: int, samples: int, device: torch.device) -> None:
+        one = isinstance(seed, int) and not isinstance(seed, bool)
+        seeds = [seed] if one else list(seed)
+        if not all(isinstance(s, int) for s in seeds) or len(seeds) not in ((1,) if one else (batch,)):
+            raise ValueError(f"seed: expected an int, or one for each of {batch} measurements, got {seed!r}")
+        self.generators = [torch.Generator().manual_seed(s * 1_000_003 + j) for s in seeds for j in range(samples)]
+        self.repeat, self.device = batch if one else 1, device
+
+    def __call__(self, *shape: int) -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        return noise.repeat(self.repeat, *[1] * len(shape)).to(self.device)
+
+
+def _check(
+    y: Tensor, operator: Callable, priors: Mapping[str, Prior], samples: int
+) -> tuple[dict[str, tuple[int, int, int]], object]:
+    """Check what came; returns each latent's shape and the common schedule."""
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y: expected a floating-point tensor, got {kind}")
+    if y.ndim != 4 or 0 in y.shape:
+        raise ValueError(f"y: expected shape (B, C, h, w), got {tuple(y.shape)}")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError(f"y: has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite")
+    if float(y.abs().max()) > 3:
+        raise ValueError(
+            f"y: expected values of about [-1, 1] plus noise, got [{float(y.min()):.3g}, {float(y.max()):.3g}]; "
+            "an image of bytes becomes one by x / 127.5 - 1"
+        )
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+
+    arguments = inspect.signature(operator).parameters
+    needed = {name for name, p in arguments.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+    if needed - set(priors):
+        missing = sorted(needed - set(priors))
+        raise ValueError(
+            f"priors: no prior for {', '.join(missing)}; give one, or fix what is known with "
+            f"functools.partial(operator, {missing[0]}=...)"
+        )
+    if set(priors) - set(arguments) and not open_ended:
+        raise ValueError(
+            f"priors: {', '.join(sorted(set(priors) - set(arguments)))} is unknown to the operator, "
+            f"which takes {', '.join(arguments)}"
+        )
+    for name, prior in priors.items():
+        if prior.device != y.device:
+            raise ValueError(
+                f"priors: the prior of {name} is on {prior.device}, y on {y.device}; move one with .to(device)"
+            )
+
+    schedules = [prior.schedule for prior in priors.values()]
+    if any(not torch.equal(s.alpha_bars, schedules[0].alpha_bars) for s in schedules):
+        raise ValueError("priors: have different noise schedules, so that they cannot run in step")
+    return _shapes(y, operator, priors), schedules[0]
+
+
+def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, int, int]]:
+    """Shape (C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
+    whole = operator.func if isinstance(operator, functools.partial) else operator
+    known = operator.keywords if isinstance(operator, functools.partial) else {}
+    sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
+    sizes |= {name: tuple(p.shape[1:]) for name, p in priors.items() if p.shape[1] is not None}
+    derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
+    shapes = {}
+    for name, prior in priors.items():
+        height, width = sizes.get(name) or derived.get(name) or tuple(y.shape[-2:])
+        if height % prior.stride or width % prior.stride:
+            down = [side - side % prior.stride for side in (height, width)]
+            raise ValueError(
+                f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior works "
+                f"at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
+            )
+        if name == "image" and name not in known and prior.shape[0] != y.shape[1]:
+            raise ValueError(f"y: has {y.shape[1]} channels, the image prior {prior.shape[0]}; repeat or average y's")
+        shapes[name] = (prior.shape[0], height, width)
+    return shapes
+
+
+def _bar(items: list, progress: bool) -> Sequence:
+    if not progress:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc="sampling", unit="step", mininterval=0.5)

@@ -1,0 +1,33 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("blindlib", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("blindlib")
+
+# Numbers computed once with the published reference implementations; not part of the repository.
+GOLDEN = Path(os.environ.get("BLINDLIB_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+
+
+@pytest.fixture
+def golden():
+    """Loads a golden file by name, or skips the test where there are none."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no reference numbers at {GOLDEN} (set BLINDLIB_GOLDEN to their folder)")
+
+    def load(name):
+        path = GOLDEN / name
+        if path.suffix != ".npz":
+            return path
+        return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+
+    return load
+
+
+@pytest.fixture
+def g():
+    return torch.Generator().manual_seed(0)

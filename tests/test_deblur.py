@@ -1,0 +1,202 @@
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blindlib import Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr
+from blindlib.__main__ import main
+from blindlib.deblur import estimate_noise, read_image, restore, write_image
+
+
+@pytest.fixture(scope="module")
+def blurred():
+    """A scene, its kernel, and the photograph: what the sensor sees of the blurred scene, with noise."""
+    g = torch.Generator().manual_seed(0)
+    scene, k = dead_leaves(1, 128, seed=77), motion_kernels(1, 32, seed=78)
+    y = Blur("valid")(scene, k)
+    return scene[..., 15:112, 15:112], k, y + 0.02 * torch.randn(y.shape, generator=g)
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def test_every_kind_of_picture_reads_alike(tmp_path):
+    x = (dead_leaves(1, 40, seed=3)[0].permute(1, 2, 0).numpy() + 1) / 2
+    u8 = (255 * x).round().astype(np.uint8)
+    ref = torch.from_numpy(u8 / 127.5 - 1).float().permute(2, 0, 1)[None]
+    Image.fromarray(u8).save(tmp_path / "a.png")
+    Image.fromarray(u8).save(tmp_path / "a.bmp")
+    Image.fromarray(np.dstack([u8, np.full((40, 40), 255, np.uint8)])).save(tmp_path / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(np.rot90(u8).copy()).save(tmp_path / "turned.png", exif=exif)
+    for photo in (
+        tmp_path / "a.png", str(tmp_path / "a.bmp"), tmp_path / "alpha.png", tmp_path / "turned.png",
+        u8, u8 / 255.0, Image.fromarray(u8), ref, ref[0], u8.astype(np.uint16) * 257,
+    ):  # fmt: skip
+        torch.testing.assert_close(read_image(photo), ref, atol=1e-3, rtol=0)
+
+
+def test_grey_palette_sixteen_bits_and_transparency(tmp_path):
+    grey = np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5)
+    ref = torch.from_numpy(grey / 127.5 - 1).float().expand(1, 3, 5, 5)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("grey.png", "palette.gif", "deep.png"):
+        torch.testing.assert_close(read_image(tmp_path / name), ref, atol=1e-3, rtol=0)
+    clear = Image.fromarray(np.zeros((5, 5, 4), np.uint8))
+    assert read_image(clear).min() == 1, "transparency is laid on white"
+
+
+@pytest.mark.parametrize(
+    "photo, error, message",
+    [
+        ("nowhere.jpg", FileNotFoundError, "photo: no file 'nowhere.jpg'"),
+        (3, TypeError, "photo: expected a path, PIL image, array or tensor, got int"),
+        (np.zeros((4, 4), np.int32), TypeError, "photo: .*int32"),
+        (np.full((4, 4, 3), 200.0), ValueError, r"floats are expected in \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), ValueError, "photo: floats"),
+        (np.zeros((4, 4, 7)), ValueError, "photo: expected an array"),
+        (np.zeros((0, 4, 3)), ValueError, "photo: expected an array"),
+        (torch.zeros(2, 3, 8, 8), ValueError, "photo: expected a tensor"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), TypeError, "photo: .*uint8"),
+        (torch.full((3, 8, 8), 9.0), ValueError, "photo: .*larger"),
+    ],
+)
+def test_bad_photos(photo, error, message):
+    with pytest.raises(error, match=message):
+        deblur(photo)
+
+
+def test_a_file_that_is_no_picture(tmp_path):
+    (tmp_path / "x.jpg").write_text("not a picture")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        deblur(tmp_path / "x.jpg")
+
+
+def test_a_photo_too_small(tmp_path):
+    with pytest.raises(ValueError, match="20x20 pixels are too few to read a kernel of up to 32 pixels from"):
+        deblur(np.zeros((20, 20, 3)), progress=False)
+
+
+def test_bad_boundary():
+    with pytest.raises(ValueError, match="boundary"):
+        deblur(np.zeros((64, 64, 3)), boundary="periodic")
+
+
+# --------------------------------------------------------------------------------------------------- the work
+
+
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_noise_is_estimated(std, blurred):
+    k = blurred[1]
+    y = Blur()(dead_leaves(1, 128, seed=5), k)
+    y = y + std * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    assert estimate_noise(y) == pytest.approx(std, rel=0.2)
+
+
+def test_restore_with_the_known_kernel(blurred):
+    scene, k, y = blurred
+    out = restore(y, k, load_prior("image"), Blur("valid"), 0.02, steps=20)
+    assert out.shape == y.shape
+    assert psnr(out, scene) > psnr(y, scene) + 4
+
+
+def test_pieces_fit_together(blurred):
+    """Restoring in overlapping pieces gives what restoring in one go gives, seams included."""
+    scene, k, y = blurred
+    prior = load_prior("image")
+    whole, pieces = (restore(y, k, prior, Blur("valid"), 0.02, steps=20, tile=t) for t in (256, 56))
+    assert psnr(pieces, scene) > psnr(whole, scene) - 1.0
+
+
+@pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])
+def test_other_boundaries(boundary, blurred):
+    scene, k, _ = blurred
+    x = scene[..., :64, :64]
+    y = Blur(boundary)(x, k)
+    out = deblur(y, kernel=k, boundary=boundary, noise_std=0.004, progress=False)
+    assert psnr(out.image, x) > psnr(y, x) + 3
+
+
+def test_blind_from_a_file_to_a_file(tmp_path, blurred):
+    scene, k, y = blurred
+    write_image(y, tmp_path / "photo.png")
+    status = main(
+        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--steps", "100", "--quiet"]
+        + ["--kernel-out", str(tmp_path / "kernel.png")]
+    )
+    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["kernel.png", "photo.png", "sharp.png"]
+    sharp = read_image(tmp_path / "sharp.png")
+    assert sharp.shape == scene.shape
+    assert psnr(sharp, scene, max_shift=4) > psnr(y, scene, max_shift=4)
+    kernel = read_image(tmp_path / "kernel.png")[:, :1] + 1
+    assert mnc(kernel / kernel.sum(), k) > 0.6
+
+
+def test_a_large_photo_is_scaled_down_and_says_so(capsys):
+    k = torch.zeros(1, 1, 3, 3)
+    k[..., 1, 1] = 1
+    out = deblur(dead_leaves(1, (60, 120), seed=1), kernel=k, max_size=80)
+    assert out.image.shape == (1, 3, 40, 80) and out.figures["scale"] == pytest.approx(2 / 3)
+    assert "scaling down from 120x60 to 80x40" in capsys.readouterr().out
+
+
+def test_restoring_what_is_sharp_does_no_harm(blurred):
+    scene, _, _ = blurred
+    delta = torch.zeros(1, 1, 3, 3)
+    delta[..., 1, 1] = 1
+    out = restore(scene, delta, load_prior("image"), Blur("valid"), 0.004)
+    assert psnr(out, scene) > 35
+
+
+# ----------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_input_is_never_overwritten(tmp_path, capsys):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    assert main(["deblur", str(tmp_path / "a.png"), "--out", str(tmp_path / "." / "a.png")]) == 2
+    assert "is the photograph itself" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["a.xyz", "nowhere/a.png"])
+def test_an_impossible_output_is_refused_before_the_work(tmp_path, out, capsys):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
+    assert main(["deblur", str(tmp_path / "in.png"), "--out", str(tmp_path / out)]) == 2
+    assert "path: " in capsys.readouterr().err
+
+
+def test_a_missing_photo_is_one_line(tmp_path, capsys):
+    assert main(["deblur", str(tmp_path / "no.png"), "--out", str(tmp_path / "b.png")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("blindlib: photo: no file") and err.count("\n") == 1
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    write_image(torch.zeros(1, 3, 8, 8), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def broken(self, fp, *args, **kwargs):
+        Path(fp).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_image(torch.ones(1, 3, 8, 8), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_solve_is_reached_through_partial(blurred):
+    _, k, y = blurred
+    from blindlib.sampler import solve
+
+    z = torch.zeros(1, 3, 128, 128)
+    torch.testing.assert_close(
+        solve(partial(Blur("valid"), kernel=k), y, z, 0.1), Blur("valid").solve(y, k, z, 0.1), atol=1e-5, rtol=1e-5
+    )

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blindlib import mnc, motion_kernels, psnr
+from blindlib.metrics import recentred
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(2, 3, 8, 8)
+    y = x.clone()
+    y[1] += 0.2
+    assert psnr(y, x)[1].item() == pytest.approx(20.0)
+    assert psnr(y, x)[0] > 100
+
+
+@given(dy=st.integers(-3, 3), dx=st.integers(-3, 3))
+def test_psnr_finds_the_shift(dy, dx):
+    x = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert psnr(x.roll((dy, dx), (2, 3)), x, max_shift=3).item() > 100
+    if (dy, dx) != (0, 0):
+        assert psnr(x.roll((dy, dx), (2, 3)), x).item() < 15
+
+
+@given(dy=st.integers(-5, 5), dx=st.integers(-5, 5), gain=st.floats(0.1, 10), window=st.sampled_from([24, 25, 32]))
+def test_mnc_is_one_for_shifted_and_scaled_kernels(dy, dx, gain, window):
+    k = motion_kernels(1, 16, seed=3)
+    frame = torch.zeros(1, 1, window, window)
+    top, left = (window - 16) // 2 + dy, (window - 16) // 2 + dx
+    top, left = min(max(top, 0), window - 16), min(max(left, 0), window - 16)
+    frame[..., top : top + 16, left : left + 16] = gain * k
+    assert mnc(frame, k).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_mnc_against_the_definition():
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.rand(1, 1, 5, 5, generator=g), torch.rand(1, 1, 4, 6, generator=g)
+    best = 0.0
+    for dy in range(-5, 6):
+        for dx in range(-6, 7):
+            s = sum(
+                float(a[0, 0, i, j] * b[0, 0, i - dy, j - dx])
+                for i in range(5)
+                for j in range(5)
+                if 0 <= i - dy < 4 and 0 <= j - dx < 6
+            )
+            best = max(best, s)
+    assert mnc(a, b).item() == pytest.approx(best / float(a.norm() * b.norm()), rel=1e-5)
+
+
+def test_recentred_moves_the_centre_of_mass():
+    k = torch.zeros(2, 1, 9, 9)
+    k[0, 0, 2, 7] = 1
+    k[1, 0, 4, 4] = 2
+    out = recentred(k)
+    assert out[0, 0, 4, 4] == 1 and out[1, 0, 4, 4] == 1 and out.sum() == 2
+
+
+def test_bad_input():
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="x: expected the shape of ref"):
+        psnr(x, x[:, :1])
+    with pytest.raises(ValueError, match="max_shift"):
+        psnr(x, x, max_shift=4)
+    with pytest.raises(ValueError, match="kernel: expected shape"):
+        mnc(x, x)
+    with pytest.raises(ValueError, match="ref: expected one kernel or 1"):
+        mnc(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 3, 3))

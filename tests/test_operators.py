@@ -1,0 +1,126 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.signal import convolve2d
+
+from blindlib import Blur
+from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf
+
+PAD = {"zero": "constant", "reflect": "reflect", "circular": "wrap"}
+
+
+def scipy_blur(image, kernel, boundary):
+    """The same convolution by scipy, on one channel: pad as named, convolve, centre at K // 2."""
+    import numpy as np
+
+    k, l = kernel.shape
+    if boundary != "valid":
+        pads = ((k - 1 - k // 2, k // 2), (l - 1 - l // 2, l // 2))
+        image = np.pad(image, pads, mode=PAD[boundary])
+    return convolve2d(image, kernel, mode="valid")
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@given(
+    size=st.tuples(st.integers(9, 20), st.integers(9, 20)),
+    window=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_scipy(boundary, size, window, seed):
+    g = torch.Generator().manual_seed(seed)
+    image, kernel = torch.randn(2, 3, *size, generator=g), torch.rand(2, 1, *window, generator=g)
+    out = Blur(boundary)(image, kernel)
+    for b in range(2):
+        for c in range(3):
+            ref = scipy_blur(image[b, c].double().numpy(), kernel[b, 0].double().numpy(), boundary)
+            torch.testing.assert_close(out[b, c], torch.from_numpy(ref).float(), atol=2e-4, rtol=1e-4)
+
+
+def test_agrees_with_the_reference(golden):
+    ref = golden("operators.npz")
+    for name in ("24", "25"):  # the reference correlates: its kernel is ours flipped
+        out = Blur("zero")(ref["image"], ref[f"kernel{name}"].flip(-2, -1))
+        torch.testing.assert_close(out, ref[f"blur{name}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (8, 5), (16, 17)])
+def test_fft_agrees_with_direct(window, g):
+    image, kernel = torch.randn(2, 3, 40, 33, generator=g), torch.rand(2, 3, *window, generator=g)
+    torch.testing.assert_close(convolve_fft(image, kernel), convolve_direct(image, kernel), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("window", [(7, 7), (8, 6)])
+def test_adjoint(boundary, window, g):
+    blur = Blur(boundary)
+    x, k = torch.randn(2, 3, 20, 17, generator=g), torch.rand(2, 1, *window, generator=g)
+    ax = blur(x, k)
+    y = torch.randn(ax.shape, generator=g)
+    torch.testing.assert_close((ax * y).sum(), (x * blur.adjoint(y, k)).sum(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_solve_is_the_minimiser(boundary, g):
+    blur = Blur(boundary)
+    x, k = torch.randn(2, 3, 20, 18, generator=g), torch.rand(2, 1, 6, 5, generator=g)
+    k = k / k.sum((2, 3), keepdim=True)
+    z, weight = torch.randn(x.shape, generator=g), torch.tensor([0.05, 0.3]).reshape(2, 1, 1, 1)
+    y = blur(x, k)
+    best = blur.solve(y, k, z, weight, iterations=80)
+    gradient = blur.adjoint(blur(best, k) - y, k) + weight * (best - z)
+    assert gradient.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("size", [4, 5, 32, 33])
+def test_a_delta_changes_nothing(boundary, size, g):
+    x = torch.randn(1, 3, 40, 36, generator=g)
+    delta = torch.zeros(1, 1, size, size)
+    delta[..., size // 2, size // 2] = 1
+    out = Blur(boundary)(x, delta)
+    first = size - 1 - size // 2 if boundary == "valid" else 0
+    seen = x[..., first : first + out.shape[-2], first : first + out.shape[-1]]
+    torch.testing.assert_close(out, seen, atol=1e-5, rtol=0)
+
+
+def test_sizes_predict_the_output(g):
+    for boundary in BOUNDARIES:
+        blur = Blur(boundary)
+        size = blur.sizes((33, 26), kernel=(8, 7))["image"]
+        assert blur(torch.zeros(1, 1, *size), torch.ones(1, 1, 8, 7)).shape[-2:] == (33, 26)
+
+
+def test_otf_of_a_shift_is_a_phase():
+    k = torch.zeros(1, 1, 5, 5)
+    k[..., 3, 2] = 1  # one below the centre
+    torch.testing.assert_close(otf(k, (16, 16)).abs(), torch.ones(1, 1, 16, 9))
+    x = torch.randn(1, 1, 16, 16)
+    torch.testing.assert_close(Blur()(x, k), x.roll(1, 2), atol=1e-5, rtol=0)
+
+
+def test_bad_input():
+    blur, x, k = Blur(), torch.zeros(2, 3, 16, 16), torch.ones(1, 1, 5, 5)
+    with pytest.raises(ValueError, match=r"boundary: expected one of .*'mirror'"):
+        Blur("mirror")
+    with pytest.raises(TypeError, match="image: expected a floating-point tensor, got ndarray"):
+        blur(x.numpy(), k)
+    with pytest.raises(TypeError, match=r"kernel: .*torch.uint8"):
+        blur(x, k.byte())
+    with pytest.raises(ValueError, match=r"image: expected 4 dimensions"):
+        blur(x[0], k)
+    with pytest.raises(ValueError, match=r"kernel: \(17, 17\) is larger than the image"):
+        blur(x, torch.ones(1, 1, 17, 17))
+    with pytest.raises(ValueError, match=r"kernel: expected one, or one an image \(2\)"):
+        blur(x, torch.ones(3, 1, 5, 5))
+    with pytest.raises(ValueError, match="is on meta"):
+        blur(x, k.to("meta"))
+
+
+def test_gradients_flow_to_both(g):
+    x = torch.randn(1, 1, 8, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    k = torch.rand(1, 1, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    for boundary in BOUNDARIES:
+        assert torch.autograd.gradcheck(partial(Blur(boundary)), (x, k))

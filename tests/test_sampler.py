@@ -1,0 +1,285 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blindlib import DPS, Blur, DiffPIR, DiffusionPrior, UNet, UniformPrior, motion_kernels, sample
+from blindlib.operators import otf
+from blindlib.priors import GaussianPrior, kernel_to_physical
+
+
+def spectrum(size=16, channels=1, slope=2.0):
+    """A power law with the variance of the field about 0.1."""
+    f = torch.sqrt(torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size) ** 2) * size
+    s = 1 / (1 + f**slope)
+    return (1.5 * s).expand(channels, -1, -1).clone()
+
+
+@pytest.fixture(scope="module")
+def small_priors():
+    """Nets with random weights: enough where only the mechanics count."""
+    torch.manual_seed(0)
+
+    def net(channels):
+        net = UNet(channels, base_channels=8, multipliers=(1, 1), groups=4)
+        for p in net.parameters():  # zero-initialised layers would hide half of the net
+            torch.nn.init.normal_(p, std=0.1)
+        return net
+
+    return {
+        "image": DiffusionPrior(net(3), "image", prediction="v"),
+        "kernel": DiffusionPrior(net(1), "kernel", prediction="v", size=8),
+    }
+
+
+@pytest.fixture
+def y(g):
+    return 0.5 * torch.randn(3, 3, 16, 16, generator=g)
+
+
+# ------------------------------------------------------------------------------------------------ exact answers
+
+
+def dense(prior, size):
+    """The covariance matrix of a stationary field, and of its blur, as plain matrices."""
+    eye = torch.eye(size * size, dtype=torch.float64).reshape(-1, 1, size, size)
+    c = torch.fft.irfft2(prior.spectrum.double() * torch.fft.rfft2(eye), s=(size, size))
+    return c.reshape(size * size, size * size)
+
+
+@pytest.mark.parametrize("t", [0, 50, 400, 999])
+def test_tweedie_on_a_gaussian(t, g):
+    """denoise() is the posterior mean: against the score of the dense log density, by autograd."""
+    prior = GaussianPrior(spectrum(8), mean=0.2)
+    x = torch.randn(1, 1, 8, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    a = prior.schedule.alpha_bar(t)
+    covariance = a * dense(prior, 8) + (1 - a) * torch.eye(64, dtype=torch.float64)
+    density = torch.distributions.MultivariateNormal(torch.full((64,), 0.2 * math.sqrt(a)).double(), covariance)
+    (score,) = torch.autograd.grad(density.log_prob(x.flatten()), x)
+    tweedie = (x + (1 - a) * score) / math.sqrt(a)
+    torch.testing.assert_close(prior.denoise(x, t), tweedie.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dps_gradient_on_a_gaussian(g):
+    """The guidance of one step, against J^T A^T r / |r| with the Jacobian J of the Wiener filter."""
+    prior, t = GaussianPrior(spectrum(16)), 300
+    k = motion_kernels(1, 9, seed=1)
+    x, y, noise = (torch.randn(1, 1, 16, 16, generator=g) for _ in range(3))
+    new, x0, norm = DPS(step_size=0.7)(
+        {"image": x}, t, t - 1, y, partial(Blur(), kernel=k), {"image": prior}, {"image": noise}
+    )
+
+    a = prior.schedule.alpha_bar(t)
+    h, wiener = otf(k, (16, 16)), math.sqrt(a) * prior.spectrum / (a * prior.spectrum + 1 - a)
+    mean = torch.fft.irfft2(wiener * torch.fft.rfft2(x), s=(16, 16))
+    residual = y - Blur()(mean, k)
+    gradient = -torch.fft.irfft2(wiener * h.conj() * torch.fft.rfft2(residual), s=(16, 16)) / residual.norm()
+    plain = prior.schedule.ancestral_step(x, mean, t, t - 1, noise)
+    torch.testing.assert_close(x0["image"], mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norm, residual.norm()[None])
+    torch.testing.assert_close(new["image"], plain - 0.7 * math.sqrt(a) * gradient, atol=1e-5, rtol=1e-4)
+
+
+def posterior_mean(prior, y, k, std):
+    h, s = otf(k, tuple(y.shape[-2:])), prior.spectrum
+    return torch.fft.irfft2(s * h.conj() * torch.fft.rfft2(y) / (s * h.abs() ** 2 + std**2), s=y.shape[-2:])
+
+
+@pytest.mark.parametrize("guidance, steps", [(DPS(step_size=1.0), 300), (DiffPIR(noise_std=0.05), 50)])
+def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps, g):
+    prior, std = GaussianPrior(spectrum(16)), 0.05
+    k = motion_kernels(1, 7, seed=2)
+    truth = torch.fft.irfft2(
+        prior.spectrum.sqrt() * torch.fft.rfft2(torch.randn(1, 1, 16, 16, generator=g)), s=(16, 16)
+    )
+    y = Blur()(truth, k) + std * torch.randn(1, 1, 16, 16, generator=g)
+    run = sample(y, partial(Blur(), kernel=k), {"image": prior}, steps=steps, samples=32, guidance=guidance)
+    exact = posterior_mean(prior, y, k, std)
+    error = (run.posterior("image").mean(1) - exact).norm() / exact.norm()
+    assert error < 0.2
+
+
+def test_unconditional_samples_have_the_priors_spectrum():
+    """The ancestral chain alone, with an exact denoiser, must reproduce the variance of each frequency."""
+    prior = GaussianPrior(spectrum(16))
+    run = sample(torch.zeros(1, 1, 16, 16), lambda image: 0 * image, {"image": prior}, steps=1000, samples=100)
+    power = torch.fft.rfft2(run.image, norm="ortho").abs().square().mean((0, 1))
+    ratio = power / prior.spectrum[0]
+    assert ratio.mean().item() == pytest.approx(1, abs=0.05)
+    assert ratio.std() < 0.12
+
+
+# ------------------------------------------------------------------------------------------------------ golden
+
+
+@pytest.mark.parametrize("t", [999, 500, 20, 0])
+def test_one_step_agrees_with_the_released_code(golden, t):
+    ref = golden("blind_dps_step.npz")
+    priors = {
+        name: DiffusionPrior(
+            UNet.from_state_dict(load_file(golden(f"unet_{name}.safetensors")), head_channels=32), name
+        )
+        for name in ("image", "kernel")
+    }
+
+    def correlate(image, kernel):
+        return Blur("zero")(image, kernel.flip(-2, -1))
+
+    x = {"image": ref[f"t{t}_img"], "kernel": ref[f"t{t}_kernel"]}
+    noise = {"image": ref[f"t{t}_img_noise"], "kernel": ref[f"t{t}_kernel_noise"]}
+    new, x0, norm = DPS(step_size=1.0, growing=True)(x, t, t - 1, ref["y"], correlate, priors, noise)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+    close(new["image"], ref[f"t{t}_none_img_next"])
+    close(new["kernel"], ref[f"t{t}_none_kernel_next"])
+    close(x0["image"], ref[f"t{t}_none_img_x0"])
+    close(kernel_to_physical(x0["kernel"]), ref[f"t{t}_none_kernel_x0"])
+    close(norm[0], ref[f"t{t}_none_norm"])
+    # The released sparsity term changes the norm by one and the step not at all; the paper's does change the step.
+    assert float(ref[f"t{t}_l1_norm"] - ref[f"t{t}_none_norm"]) == pytest.approx(1, abs=1e-4)
+    close(ref[f"t{t}_l1_kernel_next"], ref[f"t{t}_none_kernel_next"])
+    sparse, _, _ = DPS(sparsity={"kernel": 1.0})(x, t, t - 1, ref["y"], correlate, priors, noise)
+    assert t == 999 or (sparse["kernel"] - new["kernel"]).abs().max() > 0.01
+    close(sparse["image"], new["image"])
+
+
+# --------------------------------------------------------------------------------------------------- mechanics
+
+
+def test_items_are_independent_of_the_batch(small_priors, y):
+    whole = sample(y, Blur(), small_priors, steps=20, seed=5)
+    alone = sample(y[2:], Blur(), small_priors, steps=20, seed=5)
+    torch.testing.assert_close(whole.image[2:], alone.image, atol=1e-3, rtol=0)
+    torch.testing.assert_close(whole.kernel[2:], alone.kernel, atol=1e-4, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_does_not(small_priors, y):
+    torch.manual_seed(1)
+    a = sample(y[:1], Blur(), small_priors, steps=10, seed=3)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    b = sample(y[:1], Blur(), small_priors, steps=10, seed=3)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
+    c = sample(y[:1], Blur(), small_priors, steps=10, seed=4)
+    assert torch.equal(a.image, b.image) and torch.equal(a.kernel, b.kernel)
+    assert (a.image - c.image).abs().max() > 0.1
+
+
+def test_posterior_samples_differ_and_the_first_is_the_one_drawn_alone(small_priors, y):
+    many = sample(y[:2], Blur(), small_priors, steps=10, samples=3, seed=7)
+    one = sample(y[:2], Blur(), small_priors, steps=10, seed=7)
+    assert many.image.shape == (6, 3, 16, 16) and many.posterior("kernel").shape == (2, 3, 1, 8, 8)
+    torch.testing.assert_close(many.posterior("image")[:, 0], one.image, atol=1e-3, rtol=0)
+    assert (many.posterior("image")[:, 0] - many.posterior("image")[:, 1]).abs().max() > 0.1
+
+
+def test_one_seed_for_each_item(small_priors, y):
+    whole = sample(y[:2], Blur(), small_priors, steps=5, seed=[11, 12])
+    alone = sample(y[1:2], Blur(), small_priors, steps=5, seed=12)
+    torch.testing.assert_close(whole.image[1:], alone.image, atol=1e-3, rtol=0)
+
+
+def test_non_blind_is_blind_with_a_latent_fixed(small_priors, y):
+    k = motion_kernels(3, 8, seed=0)
+    run = sample(y, partial(Blur(), kernel=k), {"image": small_priors["image"]}, steps=5)
+    assert run.image.shape == y.shape
+    with pytest.raises(AttributeError, match="no latent 'kernel'"):
+        _ = run.kernel
+
+
+def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
+    run = sample(torch.zeros(1, 3, 9, 17), Blur("valid"), small_priors, steps=3)
+    assert run.image.shape == (1, 3, 16, 24)
+
+
+def test_history_is_thinned_and_calls_back(small_priors, y):
+    seen = []
+    run = sample(y[:1], Blur(), small_priors, steps=20, history=4, callback=lambda i, now: seen.append((i, set(now))))
+    assert run.history["image"].shape == (4, 1, 3, 16, 16) and run.history["kernel"].shape == (4, 1, 1, 8, 8)
+    assert run.history["t"].tolist() == sorted(run.history["t"].tolist(), reverse=True) and run.history["t"][-1] == 0
+    assert [i for i, _ in seen] == list(range(20)) and seen[0][1] == {"image", "kernel"}
+    assert sample(y[:1], Blur(), small_priors, steps=5).history == {}
+
+
+def test_kernels_come_out_physical(small_priors, y):
+    k = sample(y, Blur(), small_priors, steps=10).kernel
+    assert (k >= 0).all()
+    torch.testing.assert_close(k.sum((1, 2, 3)), torch.ones(3))
+
+
+def test_uniform_prior_needs_no_network(small_priors, y):
+    priors = {"image": small_priors["image"], "kernel": UniformPrior("kernel", 8)}
+    run = sample(y, Blur(), priors, steps=10)
+    assert run.kernel.shape == (3, 1, 8, 8)
+
+
+def test_sparsity_makes_the_kernel_smaller_before_it_is_normalised(small_priors, y):
+    def mass(weight):
+        out = []
+        priors = {"image": small_priors["image"], "kernel": UniformPrior("kernel", 8)}
+        sample(
+            y, Blur(), priors, steps=30, guidance=DPS(sparsity={"kernel": weight}),
+            callback=lambda i, now: out.append((now["kernel"] > 1e-3).float().mean()),
+        )  # fmt: skip
+        return float(out[-1])
+
+    assert mass(0.3) < mass(0.0)
+
+
+def test_step_size_for_each_latent(small_priors, y):
+    frozen = sample(y[:1], Blur(), small_priors, steps=5, guidance=DPS(step_size={"image": 1.0, "kernel": 0.0}))
+    free = sample(y[:1], Blur(), small_priors, steps=5, guidance=DPS(step_size={"image": 1.0, "kernel": 1.0}))
+    assert (frozen.kernel - free.kernel).abs().max() > 1e-4
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(y=[[0.0]]), TypeError, "y: expected a floating-point tensor, got list"),
+        (dict(y=torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), TypeError, "y: .*torch.uint8"),
+        (dict(y=torch.zeros(3, 16, 16)), ValueError, r"y: expected shape \(B, C, h, w\)"),
+        (dict(y=torch.full((1, 3, 16, 16), math.nan)), ValueError, "y: has 768 values that are NaN"),
+        (dict(y=torch.full((1, 3, 16, 16), 128.0)), ValueError, r"y: expected values of about \[-1, 1\]"),
+        (dict(y=torch.zeros(1, 1, 16, 16)), ValueError, "y: has 1 channels, the image prior 3"),
+        (dict(y=torch.zeros(1, 3, 17, 16)), ValueError, "multiples of 2; crop y by 1 and 0 pixels"),
+        (dict(y=torch.zeros(1, 3, 6, 6)), ValueError, r"kernel: \(8, 8\) is larger than the image"),
+        (dict(steps=0), ValueError, "steps: expected an integer"),
+        (dict(samples=0), ValueError, "samples: expected at least 1"),
+        (dict(history=11), ValueError, "history"),
+        (dict(seed="a"), ValueError, "seed"),
+        (dict(seed=[1, 2]), ValueError, "one for each of 1 measurements"),
+        (dict(priors={"image": None}), ValueError, "priors: no prior for kernel"),
+    ],
+)
+def test_bad_input(small_priors, change, error, message):
+    arguments = dict(y=torch.zeros(1, 3, 16, 16), operator=Blur(), priors=small_priors, steps=10) | change
+    with pytest.raises(error, match=message):
+        sample(**arguments)
+
+
+def test_unknown_latent(small_priors, y):
+    with pytest.raises(ValueError, match="tilt is unknown to the operator, which takes image, kernel"):
+        sample(y, Blur(), {**small_priors, "tilt": UniformPrior("tilt")}, steps=2)
+
+
+def test_priors_on_another_device(small_priors, y):
+    stranger = UniformPrior("kernel", 8, device="meta")
+    with pytest.raises(ValueError, match="prior of kernel is on meta, y on cpu"):
+        sample(y, Blur(), {"image": small_priors["image"], "kernel": stranger}, steps=2)
+
+
+def test_divergence_stops_with_the_step_and_a_remedy(small_priors, y):
+    with pytest.raises(ArithmeticError, match=r"diverged at step \d+ of 50 .* smaller step_size"):
+        sample(y, lambda image: image * 1e30, {"image": small_priors["image"]}, steps=50)
+
+
+def test_diffpir_needs_a_solver(small_priors, y):
+    with pytest.raises(TypeError, match="needs an operator with a solve method"):
+        sample(y, lambda image: image, {"image": small_priors["image"]}, steps=2, guidance=DiffPIR(noise_std=0.1))

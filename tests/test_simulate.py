@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blindlib import (
+    blur_kernels,
+    dead_leaves,
+    defocus_kernels,
+    gaussian_kernels,
+    linear_kernels,
+    mnc,
+    motion_kernels,
+)
+
+MAKERS = [motion_kernels, linear_kernels, gaussian_kernels, defocus_kernels, blur_kernels]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@given(n=st.integers(1, 5), size=st.integers(17, 40), seed=st.integers(0, 10_000))
+def test_kernels_are_kernels(make, n, size, seed):
+    k = make(n, size, seed=seed)
+    assert k.shape == (n, 1, size, size) and k.dtype == torch.float32
+    assert (k >= 0).all() and torch.isfinite(k).all()
+    torch.testing.assert_close(k.sum((1, 2, 3)), torch.ones(n))
+    axis = torch.arange(size, dtype=torch.float32) - size // 2
+    assert (k.sum(2).squeeze(1) @ axis).abs().max() < 0.2 and (k.sum(3).squeeze(1) @ axis).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("make", [*MAKERS, dead_leaves])
+def test_seeds(make):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    a, b, c = make(3, 32, seed=1), make(3, 32, seed=1), make(3, 32, seed=2)
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was touched"
+    g = torch.Generator().manual_seed(1)
+    assert torch.equal(make(3, 32, seed=g), a) and not torch.allclose(make(3, 32, seed=g), a)
+
+
+def test_motion_kernels_have_the_stated_extent_and_are_thin_and_uneven():
+    k = motion_kernels(200, 32, extent=(0.4, 0.6), seed=0)
+    mask = (k > 0.02 * k.amax((2, 3), keepdim=True))[:, 0]
+    spans = [torch.stack([m.any(d).sum() for d in (0, 1)]).max().item() for m in mask]
+    # A faint tail can fall below the threshold; the pen itself is a few pixels wide.
+    assert np.median(spans) > 10 and max(spans) <= 0.6 * 32 + 4
+    cover = mask.float().mean((1, 2))
+    assert cover.median() < 0.08, "traces fill the window"
+    peaks = k.amax((2, 3)) / (k.square().sum((2, 3)) / k.sum((2, 3)))
+    assert peaks.median() > 1.3, "the camera moves too evenly"
+    pairs = mnc(k[:100], k[100:])
+    assert 0.2 < pairs.mean() < 0.8, "the kernels are all alike, or nothing alike"
+
+
+def test_gaussian_kernels_have_the_stated_deviation():
+    k = gaussian_kernels(4, 41, std=(3.0, 3.0), seed=0)
+    axis = torch.arange(41.0) - 20
+    variance = (k.sum(2).squeeze(1) @ axis**2, k.sum(3).squeeze(1) @ axis**2)
+    for v in variance:
+        torch.testing.assert_close(v, torch.full((4,), 9.0), rtol=0.02, atol=0)
+
+
+def test_linear_kernels_are_lines():
+    k = linear_kernels(20, 33, extent=(0.5, 0.9), seed=0)[:, 0]
+    axis = torch.arange(33.0) - 16
+    for one in k:
+        cov = torch.stack([(one * axis**2).sum(), (one * axis[:, None] ** 2).sum(), (one * axis * axis[:, None]).sum()])
+        eig = torch.linalg.eigvalsh(torch.tensor([[cov[0], cov[2]], [cov[2], cov[1]]]))
+        assert eig[0] < 0.05 * eig[1]
+
+
+def test_scenes_look_like_pictures():
+    """Statistics that photographs share: 1/f^2 spectra, mostly flat with strong edges, muted and varied colours."""
+    x = dead_leaves(64, 64, seed=0)
+    assert x.shape == (64, 3, 64, 64) and x.min() >= -1 and x.max() <= 1
+    grey = x.mean(1)
+    d = grey.diff(dim=2)
+    kurtosis = (d**4).mean() / (d**2).mean() ** 2
+    assert kurtosis > 8, "no sharp edges on flat ground"
+    window = torch.hann_window(64)[:, None] * torch.hann_window(64)
+    power = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * window).abs().square().mean(0)
+    f = torch.fft.fftfreq(64)
+    radius = (f[:, None] ** 2 + f**2).sqrt() * 64
+    low, high = power[(radius >= 3) & (radius < 5)].mean(), power[(radius >= 12) & (radius < 20)].mean()
+    assert -3.3 < torch.log2(high / low) / 2 < -1.7
+    saturation = (x.amax(1) - x.amin(1)).mean((1, 2))
+    assert saturation.min() < 0.1 and saturation.max() > 0.4, "no grey scenes, or no colourful ones"
+    assert 0.1 < grey.std((1, 2)).median() < 0.4
+
+
+def test_a_small_scene_is_like_a_crop_of_a_large_one():
+    small, large = dead_leaves(64, 48, seed=1), dead_leaves(32, 96, seed=2)[..., :48, :48]
+    edges = [x.diff(dim=3).abs().mean().item() for x in (small, large)]
+    assert edges[0] == pytest.approx(edges[1], rel=0.35)
+
+
+def test_rectangular_scenes():
+    assert dead_leaves(1, (24, 40), seed=0).shape == (1, 3, 24, 40)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="n, size"):
+        dead_leaves(0, 32)
+    with pytest.raises(ValueError, match="extent: expected 0 < low <= high <= 1"):
+        motion_kernels(1, 16, extent=(0.5, 1.5))
+    with pytest.raises(ValueError, match="n, size"):
+        gaussian_kernels(1, 2)
+    with pytest.raises(TypeError, match="seed: expected an int or a torch.Generator, got str"):
+        motion_kernels(1, 16, seed="a")

@@ -1,0 +1,159 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from blindlib import load_prior, motion_kernels, train
+from blindlib.priors import DiffusionPrior, kernel_to_latent
+from blindlib.train import RECIPES, Recipe, Stream, v_loss
+from blindlib.unet import UNet
+
+# A recipe that trains in milliseconds; also imported by the processes that the tests start and kill.
+TINY = Recipe(
+    data=lambda **where: kernel_to_latent(motion_kernels(64, 16, **where)),
+    size=8,
+    net=dict(in_channels=1, base_channels=8, multipliers=(1, 1), groups=4),
+    batch=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(RECIPES, "kernel", TINY)
+
+
+def test_training_lowers_the_loss_and_writes_everything(tmp_path):
+    lines = []
+    path = train.train("kernel", tmp_path, steps=150, minutes_between_saves=0.02, device="cpu", progress=lines.append)
+    assert path == tmp_path / "kernel.safetensors"
+    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "kernel.safetensors", "loss.png", "samples.png"}
+    history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
+    assert history[-1][0] == 150 and history[-1][2] < 0.7 * history[0][2]
+    assert load_prior(path).denoise(torch.zeros(1, 1, 8, 8), 10).shape == (1, 1, 8, 8)
+    assert "150/150" in lines[-1]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
+    """To float tolerance: data, noise, optimiser, averages and learning rate all go on where they were."""
+    whole = train.train("kernel", tmp_path / "a", steps=30, device="cpu", progress=str)
+
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        raise Stop
+
+    # Saves after every step; the first report, after the first save, breaks the run off there.
+    with pytest.raises(Stop):
+        train.train("kernel", tmp_path / "b", steps=30, minutes_between_saves=0, device="cpu", progress=stop)
+    lines = []
+    again = train.train("kernel", tmp_path / "b", steps=30, device="cpu", progress=lines.append)
+    assert lines[0] == "resuming at step 1"
+    a, b = (load_prior(p).net.state_dict() for p in (whole, again))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-3, rtol=0)
+
+
+def test_it_survives_being_killed_at_any_moment(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_train import TINY; from blindlib import train;"
+        "train.RECIPES['kernel'] = TINY;"
+        f"train.main(['kernel', '--folder', {str(tmp_path)!r}] + "
+        "['--steps', '100000', '--minutes', '0', '--device', 'cpu'])"
+    )
+    rng, reached = random.Random(0), [0]
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 120
+        while _step(tmp_path) <= reached[-1] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        load_prior(tmp_path / "kernel.safetensors")  # whole, whenever the kill came
+        reached.append(_step(tmp_path))
+    assert reached == sorted(set(reached)), f"steps were lost: {reached}"
+
+
+def _step(folder):
+    path = folder / "state.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def test_a_polite_signal_saves_and_stops(tmp_path):
+    lines = []
+
+    def interrupt(line):
+        lines.append(line)
+        if len(lines) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train.train("kernel", tmp_path, steps=10_000, minutes_between_saves=0.01, device="cpu", progress=interrupt)
+    assert "stopped at step" in lines[-1]
+    assert _step(tmp_path) == int(lines[-1].split()[3].rstrip(";"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_stream_can_be_entered_anywhere():
+    a, b = (Stream(TINY, 3, torch.device("cpu"), blocks=3, renew=4) for _ in range(2))
+    batches = [a.batch(step) for step in range(11)]
+    assert torch.equal(b.batch(10), batches[10])
+    assert not torch.equal(batches[9], batches[10])
+    assert len(a.pool) == 3
+    other = Stream(TINY, 4, torch.device("cpu"), blocks=3, renew=4)
+    assert not torch.equal(other.batch(10), batches[10])
+
+
+def test_the_loss_is_zero_for_a_perfect_net(g):
+    prior = DiffusionPrior(UNet(1, base_channels=8, groups=4), "kernel", prediction="v")
+    x0, noise, t = (
+        torch.rand(3, 1, 8, 8, generator=g),
+        torch.randn(3, 1, 8, 8, generator=g),
+        torch.tensor([0, 300, 999]),
+    )
+    a = prior.schedule.alpha_bars[t].float().reshape(-1, 1, 1, 1)
+    loss = v_loss(lambda x, t: a.sqrt() * noise - (1 - a).sqrt() * x0, prior, x0, t, noise)
+    torch.testing.assert_close(loss, torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_several_processes_train_together(tmp_path):
+    """What `accelerate launch` does on several GPUs, here with two processes on the CPU."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, 'tests'); from test_train import TINY; from blindlib import train\n"
+        "train.RECIPES['kernel'] = TINY\n"
+        f"train.main(['kernel', '--folder', {str(tmp_path / 'run')!r}, '--steps', '8', '--device', 'cpu'])\n"
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 8/8") == 1, "one process reports and saves"
+    assert _step(tmp_path / "run") == 8
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="name: expected one of"):
+        train.train("sound", tmp_path, steps=1)
+    with pytest.raises(ValueError, match="steps"):
+        train.train("kernel", tmp_path, steps=0)
+    train.train("kernel", tmp_path, steps=1, device="cpu", progress=str)
+    RECIPES["kernel"] = Recipe(TINY.data, 8, dict(TINY.net, base_channels=16), 8)
+    with pytest.raises(ValueError, match="holds a run of another prior"):
+        train.train("kernel", tmp_path, steps=2, device="cpu", progress=str)
