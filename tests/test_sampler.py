@@ -67,7 +67,7 @@ def test_dps_gradient_on_a_gaussian(g):
     prior, t = GaussianPrior(spectrum(16)), 300
     k = motion_kernels(1, 9, seed=1)
     x, y, noise = (torch.randn(1, 1, 16, 16, generator=g) for _ in range(3))
-    new, x0, norm = DPS(step_size=0.7)(
+    new, x0, norm = DPS(step_size=0.7, edges=(), settling=())(
         {"image": x}, t, t - 1, y, partial(Blur(), kernel=k), {"image": prior}, {"image": noise}
     )
 
@@ -87,7 +87,7 @@ def posterior_mean(prior, y, k, std):
     return torch.fft.irfft2(s * h.conj() * torch.fft.rfft2(y) / (s * h.abs() ** 2 + std**2), s=y.shape[-2:])
 
 
-@pytest.mark.parametrize("guidance, steps", [(DPS(step_size=1.0), 300), (DiffPIR(noise_std=0.05), 50)])
+@pytest.mark.parametrize("guidance, steps", [(DPS.released(), 300), (DiffPIR(noise_std=0.05, strength=1.0), 50)])
 def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps, g):
     prior, std = GaussianPrior(spectrum(16)), 0.05
     k = motion_kernels(1, 7, seed=2)
@@ -129,7 +129,7 @@ def test_one_step_agrees_with_the_released_code(golden, t):
 
     x = {"image": ref[f"t{t}_img"], "kernel": ref[f"t{t}_kernel"]}
     noise = {"image": ref[f"t{t}_img_noise"], "kernel": ref[f"t{t}_kernel_noise"]}
-    new, x0, norm = DPS(step_size=1.0, growing=True)(x, t, t - 1, ref["y"], correlate, priors, noise)
+    new, x0, norm = DPS.released()(x, t, t - 1, ref["y"], correlate, priors, noise)
 
     def close(a, b):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
@@ -142,7 +142,7 @@ def test_one_step_agrees_with_the_released_code(golden, t):
     # The released sparsity term changes the norm by one and the step not at all; the paper's does change the step.
     assert float(ref[f"t{t}_l1_norm"] - ref[f"t{t}_none_norm"]) == pytest.approx(1, abs=1e-4)
     close(ref[f"t{t}_l1_kernel_next"], ref[f"t{t}_none_kernel_next"])
-    sparse, _, _ = DPS(sparsity={"kernel": 1.0})(x, t, t - 1, ref["y"], correlate, priors, noise)
+    sparse, _, _ = DPS.released(sparsity={"kernel": 1.0})(x, t, t - 1, ref["y"], correlate, priors, noise)
     assert t == 999 or (sparse["kernel"] - new["kernel"]).abs().max() > 0.01
     close(sparse["image"], new["image"])
 
