@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,14 +136,34 @@ def chooser(results: Mapping[tuple, Mapping[str, Tensor]], labels: Sequence[str]
     return w.VBox([w.HBox(pickers), shown])
 
 
-def save_figure(figure: Figure, path: str) -> None:
-    """Write a figure at a size for the web, whole or not at all."""
-    from pathlib import Path
+def figures_folder() -> Path:
+    """Where a notebook writes its pictures: the repository's ``figures``, from its root or from ``notebooks``."""
+    for folder in (Path("../figures"), Path("figures")):
+        if folder.is_dir():
+            return folder
+    folder.mkdir()
+    return folder
 
-    target = Path(path)
+
+def save_figure(figure: Figure, name: str) -> Path:
+    """Write a figure into :func:`figures_folder` at a size for the web, whole or not at all; returns its path."""
+    target = figures_folder() / name
     part = target.with_name(target.name + ".part")
     figure.savefig(part, dpi=110, format=target.suffix[1:])
     part.replace(target)
+    return target
+
+
+def record(notebook: str, **figures: object) -> Path:
+    """Write a notebook's figures of merit to ``<figures_folder>/<notebook>.json``, with the machine they come from."""
+    about = {"machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}"}
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    target = figures_folder() / f"{notebook}.json"
+    part = target.with_name(target.name + ".part")
+    part.write_text(json.dumps({**about, **figures}, indent=1, default=float) + "\n")
+    part.replace(target)
+    return target
 
 
 def spread(samples: Tensor) -> Tensor:

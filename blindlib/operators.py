@@ -120,7 +120,7 @@ class Blur:
 
 
 def otf(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """Transfer function (B, C, H, W // 2 + 1) of ``kernel``, its centre at the origin, on periodic images of ``size``."""
+    """Transfer function (B, C, H, W // 2 + 1) of ``kernel``, centred at the origin, on periodic images of ``size``."""
     k, l = kernel.shape[-2:]
     padded = F.pad(kernel, (0, size[1] - l, 0, size[0] - k))
     return torch.fft.rfft2(padded.roll((-(k // 2), -(l // 2)), (-2, -1)))

@@ -286,8 +286,8 @@ def sample(
             x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
         if not bool(torch.isfinite(norm).all()) or float(norm.max()) > 100 * pixels:
             raise ArithmeticError(
-                f"sample: diverged at step {i + 1} of {steps} (t = {t}), the residual's norm is {float(norm.max()):.3g};"
-                " take a smaller step_size or more steps, and check that y is on the [-1, 1] scale"
+                f"sample: diverged at step {i + 1} of {steps} (t = {t}), residual norm {float(norm.max()):.3g}; "
+                "take a smaller step_size or more steps, and check that y is on the [-1, 1] scale"
             )
         if i in frames or callback is not None:
             now = {name: priors[name].physical(mean) for name, mean in x0.items()}
@@ -391,8 +391,8 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
         if height % prior.stride or width % prior.stride:
             down = [side - side % prior.stride for side in (height, width)]
             raise ValueError(
-                f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior works "
-                f"at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
+                f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior "
+                f"works at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
             )
         if name == "image" and name not in known and prior.shape[0] != y.shape[1]:
             raise ValueError(f"y: has {y.shape[1]} channels, the image prior {prior.shape[0]}; repeat or average y's")

@@ -470,7 +470,7 @@ def _tremor(draw: _Draw, n: int, points: int) -> Tensor:
 
 
 def _trace(draw: _Draw, path: Tensor, weight: Tensor, size: int, extent: tuple[float, float], width: Tensor) -> Tensor:
-    """Draw paths (n, 2, T) with weights (n, T): scaled to ``extent``, centred, with a pen of ``width`` (n, 1) pixels."""
+    """Draw paths (n, 2, T) with weights (n, T): scaled to ``extent``, centred, pen ``width`` (n, 1) in pixels."""
     n = len(path)
     weight = weight / weight.sum(1, keepdim=True)
     low, high = path.amin(2, keepdim=True), path.amax(2, keepdim=True)
