@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from blindlib.metrics import recentred
 from blindlib.operators import BOUNDARIES, Blur
@@ -191,7 +192,9 @@ def restore(
     spans = [_spans(side, tile, k) for side in y.shape[-2:]]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
     out, weight = torch.zeros_like(y), torch.zeros_like(y[:, :1])
-    for (top, bottom), (left, right) in _bar(pieces, progress and len(pieces) > 1):
+    for (top, bottom), (left, right) in tqdm(
+        pieces, "restoring", unit="piece", disable=not progress or len(pieces) == 1
+    ):
         part = y[..., top:bottom, left:right]
         # A border of zeros on the kernel makes the scene a little larger, up to a size that the prior takes.
         grow = [-(side + k - 1) % prior.stride for side in part.shape[-2:]]
@@ -334,11 +337,3 @@ def _ramp(length: int, overlap: int, like: Tensor) -> Tensor:
     """Weights that fade towards both ends of a piece, for a seamless overlap."""
     i = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
     return (torch.minimum(i, length - i) / overlap).clamp(max=1)
-
-
-def _bar(items: list, progress: bool) -> list:
-    if not progress:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc="restoring", unit="piece")

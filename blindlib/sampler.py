@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from blindlib.priors import Prior
 
@@ -400,9 +402,6 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
     return shapes
 
 
-def _bar(items: list, progress: bool) -> Sequence:
-    if not progress:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc="sampling", unit="step", mininterval=0.5)
+def _bar(items: list, progress: bool) -> Iterable:
+    # Lines in a log or a saved notebook are for ever: there, few.
+    return tqdm(items, "sampling", unit="step", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 5)

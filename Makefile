@@ -1,0 +1,68 @@
+# `make demo` and `make test` set up .venv from nothing; `make help` lists the rest.
+PYTHON ?= python3
+# What pip installs as PyTorch. On Linux this brings CUDA along; `make demo TORCH="torch==2.13.0 --index-url
+# https://download.pytorch.org/whl/cpu"` does not.
+TORCH ?= torch==2.13.0
+PHOTO ?=
+PRIOR ?= image
+
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.py)
+
+.PHONY: help demo test lab sync baselines figures train bench gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blindlib needs Python 3.11 or later; name one with make PYTHON=python3.12"; exit 1; }
+	@echo "setting up .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: .venv/ready  ## a blurred photograph made sharp (PHOTO=my.jpg for your own)
+	@mkdir -p runs/demo
+	@start=$$(date +%s); photo="$(PHOTO)"; [ -z "$$photo" ] || photo=$$(realpath "$$photo") || exit 1; \
+	$(BIN)/papermill --cwd runs/demo --log-output --no-progress-bar -p photo "$$photo" \
+	    notebooks/00_quickstart.ipynb runs/demo/quickstart.ipynb && \
+	echo "executed notebook: runs/demo/quickstart.ipynb" && \
+	echo "before and after:  runs/demo/figures/00_quickstart.png" && \
+	echo "$$(( $$(date +%s) - start )) seconds"
+
+test: .venv/ready  ## lint, tests, every notebook at "ci" against its baseline, pairing, committed outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: .venv/ready  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+sync: .venv/ready  ## bring .ipynb and .py of each notebook in step, the .py being right
+	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS)
+
+figures: .venv/ready  ## execute the notebooks at "cpu", in place: their outputs, pictures and records
+	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS)
+	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
+
+train: .venv/ready  ## train a prior, or go on training it (PRIOR=image or kernel)
+	$(BIN)/python -m blindlib.train $(PRIOR)
+
+bench: .venv/ready  ## cost of a sampler step against the bare networks; quality of the priors on a fresh set
+	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/quality.py
+
+gpu: .venv/ready  ## execute the notebooks at "gpu", into runs/gpu
+	mkdir -p runs/gpu/notebooks runs/gpu/figures
+	for n in $(notdir $(NOTEBOOKS:.py=.ipynb)); do \
+	    $(BIN)/papermill --cwd runs/gpu/notebooks -p preset gpu notebooks/$$n runs/gpu/notebooks/$$n || exit 1; done
+
+baselines: .venv/ready  ## write the notebooks' baselines anew, for a change that means to move them
+	BLINDLIB_REBASE=1 $(BIN)/python -m pytest tests/test_notebooks.py -k figures_of_merit
+
+clean:  ## remove what can be made again; .venv and the folder of training runs stay
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/gpu
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

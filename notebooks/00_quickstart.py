@@ -1,0 +1,119 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A blurred photograph made sharp
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/00_quickstart.ipynb)
+#
+# **What you will see.** A photograph that was blurred by a motion nobody recorded goes in. The sharp photograph
+# and the *blur kernel*, the path that the camera drew, come out. Both are unknown; a diffusion model for each
+# fills in what the measurement does not say.
+#
+# **What you need.** Nothing: a few minutes on two CPU cores. For your own photograph, put its path into `photo` below.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("blindlib") is None:  # on Colab, say
+    print("installing blindlib ...")
+    source = "blindlib[notebooks] @ git+https://github.com/blindlib/blindlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %% tags=["parameters"]
+preset = "cpu"  # "ci": a minute; "cpu": minutes on a laptop; "gpu": the real sizes
+seed = 0
+device = "auto"
+photo = ""  # path of your own photograph; empty: the astronaut, blurred by a motion that we know
+
+# %%
+import torch
+from skimage import data
+
+from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
+from blindlib.deblur import read_image
+
+side, steps = {"ci": (64, 20), "cpu": (128, 1000), "gpu": (256, 1000)}[preset]
+
+# %% [markdown]
+# ## The photograph
+#
+# Yours, if you named one. Otherwise we blur the astronaut ourselves, as a camera does: the sensor sees a part of the
+# scene, every pixel gathers light along the path of the shake, and noise is added. Then the truth is known and the
+# result can be scored. `deblur` is told nothing but the blurred picture.
+
+# %%
+if photo:
+    blurred, truth, true_kernel = read_image(photo), None, None
+else:
+    pad = 31  # the scene reaches beyond what the sensor sees, by the kernel's size less one
+    scene = read_image(data.astronaut()[:440, 20:460])
+    scene = torch.nn.functional.interpolate(scene, size=(side + pad, side + pad), mode="bicubic", antialias=True)
+    scene = scene.clamp(-1, 1)
+    true_kernel = motion_kernels(1, 32, seed=100 + seed)
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    blurred = Blur("valid")(scene, true_kernel) + 0.02 * noise
+    truth = scene[..., 15 : 15 + side, 15 : 15 + side]
+
+_ = display.show({"the photograph": blurred}, size=3)
+
+# %% [markdown]
+# ## Sharp
+#
+# One call. It draws image and kernel together from noise, step by step, each denoised by its own prior and both
+# pulled towards explaining the photograph (*parallel diffusion*, BlindDPS). Then it restores the whole picture with
+# the kernel that it found.
+
+# %%
+if preset != "ci":
+    print("one to three minutes on two CPU cores, seconds on a GPU")
+result = deblur(blurred, steps=steps, seed=seed, device=device)
+
+# %%
+pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}
+if truth is not None:
+    pictures |= {"the truth": truth, "true kernel": true_kernel}
+figure = display.show(pictures, size=2.6)
+path = display.save_figure(figure, "00_quickstart.png")
+
+# %% [markdown]
+# ## How good is it?
+#
+# With the truth at hand: the peak signal-to-noise ratio (PSNR, in dB, higher is better; a shift of image against
+# kernel cannot be known, so the best small shift counts) and the kernel's likeness to the true one (MNC, 1 is perfect).
+# Without it, the *residual* tells: blur the result again, and what is left should be the noise, not more and not less.
+
+# %%
+about = result.figures
+figures = {"seconds": about["seconds"], "residual_over_noise": about["residual"] / about["noise_std"]}
+if truth is not None:
+    figures["psnr_before"] = psnr(result.blurred, truth, max_shift=4).item()
+    figures["psnr_after"] = psnr(result.image, truth, max_shift=4).item()
+    figures["mnc"] = mnc(result.kernel, true_kernel).item()
+    print(f"PSNR {figures['psnr_before']:.1f} dB before, {figures['psnr_after']:.1f} dB after")
+    print(f"kernel MNC {figures['mnc']:.2f}")
+print(f"residual {figures['residual_over_noise']:.1f} times the noise, {figures['seconds']:.0f} s")
+_ = display.record("00_quickstart", preset=preset, seed=seed, **figures)
+
+# %% [markdown]
+# ## Your turn
+#
+# - **Your own photograph**: set `photo = "my.jpg"` above (on Colab, upload it first), or, without a notebook,
+#   `python -m blindlib deblur my.jpg --out sharp.png`. The blur must be the same all over the picture: camera shake,
+#   a subject that moves as a whole, defocus.
+# - **Another draw**: change `seed`. The answer is a *sample* of what the photograph allows; where samples differ, the
+#   photograph does not say. `deblur(..., samples=4)` draws several and puts the one that explains it best first.
+# - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` finds the
+#   kernel too.

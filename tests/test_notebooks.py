@@ -1,0 +1,95 @@
+"""Every notebook: paired, small, and executed at ``ci`` with its figures held against a committed baseline.
+
+``make baselines`` writes the baselines anew, for a change that means to move them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import papermill
+import pytest
+from papermill.parameterize import parameterize_notebook
+
+ROOT = Path(__file__).parents[1]
+BASELINES = ROOT / "tests" / "baselines"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+# What sampling at "ci" may differ by between machines. Times are recorded, not tested.
+TOLERANCE = {"psnr": 0.7, "mnc": 0.06, "residual": 0.15, "agreement": 1e-3}
+
+each_notebook = pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A place of their own for the notebooks, so that the pictures in the repository stay those of "cpu"."""
+    top = tmp_path_factory.mktemp("run")
+    (top / "figures").mkdir()
+    (top / "notebooks").mkdir()
+    return top / "notebooks"
+
+
+def test_there_are_notebooks():
+    assert [p.stem for p in NOTEBOOKS][:3] == ["00_quickstart", "01_dps", "02_parallel_operator_diffusion"]
+
+
+@each_notebook
+def test_pair(script):
+    """The .ipynb has the cells of the .py; ``make sync`` brings them in step."""
+    cells = [
+        [(c.cell_type, c.source.strip(), c.metadata.get("tags", [])) for c in nb.cells]
+        for nb in (jupytext.read(script), jupytext.read(script.with_suffix(".ipynb")))
+    ]
+    assert cells[0] == cells[1]
+
+
+@each_notebook
+def test_committed_outputs(script):
+    """Executed from top to bottom, without an error, and small."""
+    path = script.with_suffix(".ipynb")
+    assert path.stat().st_size < 1e6
+    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+
+
+@each_notebook
+def test_figures_of_merit(script, folder):
+    papermill.execute_notebook(
+        script.with_suffix(".ipynb"), folder / f"{script.stem}.ipynb", parameters={"preset": "ci"},
+        cwd=folder, kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    found = json.loads((folder.parent / "figures" / f"{script.stem}.json").read_text())
+    baseline = BASELINES / f"{script.stem}.json"
+    if os.environ.get("BLINDLIB_REBASE"):
+        kept = {key: round(value, 4) for key, value in found.items() if _tolerance(key) is not None}
+        baseline.write_text(json.dumps(kept, indent=1) + "\n")
+    expected = json.loads(baseline.read_text())
+    assert expected, "a baseline without figures tests nothing"
+    wrong = {k: (found.get(k), v) for k, v in expected.items() if not abs(found.get(k, 1e9) - v) <= _tolerance(k)}
+    assert not wrong, f"found, expected: {wrong}"
+
+
+def _tolerance(key):
+    return next((value for name, value in TOLERANCE.items() if key.startswith(name)), None)
+
+
+@each_notebook
+def test_marked_outputs(script, folder):
+    """nbval, over the committed outputs of the cells that are marked ``NBVAL_CHECK_OUTPUT``, run at "ci"."""
+    committed = nbformat.read(script.with_suffix(".ipynb"), 4)
+    marked = [c for c in committed.cells if c.cell_type == "code" and "NBVAL_CHECK_OUTPUT" in c.source]
+    assert marked and all(c.outputs for c in marked), "no cell is marked for nbval, or one has no output"
+    path = folder / f"nbval_{script.stem}.ipynb"
+    nbformat.write(parameterize_notebook(committed, {"preset": "ci"}), path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", path.name],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    shutil.rmtree(folder / ".pytest_cache", ignore_errors=True)
+    assert done.returncode == 0, done.stdout[-3000:]

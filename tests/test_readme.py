@@ -1,0 +1,46 @@
+"""What the README and the notebooks point at is there."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PAGES = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.py")]
+
+
+def test_every_notebook_has_a_badge_in_the_readme_and_in_itself():
+    slug = REPOSITORY.removeprefix("https://github.com/")
+    readme = (ROOT / "README.md").read_text()
+    for script in (ROOT / "notebooks").glob("*.py"):
+        badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{script.stem}.ipynb"
+        assert badge in readme and badge in script.read_text()
+
+
+def test_badges_lead_to_files_in_this_repository():
+    """The public home stands in pyproject.toml; everything else agrees with it."""
+    found = 0
+    for page in PAGES:
+        for slug, path in re.findall(
+            r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)\s]+)", page.read_text()
+        ):
+            assert REPOSITORY.endswith(slug) and (ROOT / path).is_file(), (page.name, slug, path)
+            found += 1
+        for address in re.findall(r"git\+(https://github\.com/[\w.-]+/[\w.-]+)", page.read_text()):
+            assert address == REPOSITORY, page.name
+    assert found >= 6
+
+
+def test_relative_links_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    links = [l for l in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
+    links = [a or b for a, b in links]
+    local = [l for l in links if not l.startswith(("http", "#"))]
+    assert local and all((ROOT / l).exists() for l in local), [l for l in local if not (ROOT / l).exists()]
+
+
+def test_the_make_targets_that_the_readme_names_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`?make ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert named and named <= targets
+    assert set(["help", "demo", "test", "lab", "sync", "figures", "train", "bench", "gpu", "clean"]) <= targets
