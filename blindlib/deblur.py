@@ -18,7 +18,7 @@ from tqdm import tqdm
 from blindlib.metrics import recentred
 from blindlib.operators import BOUNDARIES, Blur
 from blindlib.priors import DiffusionPrior, load_prior
-from blindlib.sampler import DiffPIR, sample
+from blindlib.sampler import DPS, STEP_SIZE, DiffPIR, sample
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -141,7 +141,8 @@ def deblur(
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
-        run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, progress=progress)
+        guidance = DPS(step_size={name: size * 1000 / steps for name, size in STEP_SIZE.items()})
+        run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, guidance=guidance, progress=progress)
         kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
     else:
         kernels = kernel.to(device)

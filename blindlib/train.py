@@ -8,10 +8,11 @@ start it again, with the same command, and it goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,8 +175,6 @@ def train(
         progress(f"resuming at step {done}")
     ready, optimizer = accelerator.prepare(net, optimizer)
 
-    stopped = []
-    before = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
     # Every process draws its own batches; the validation set is the same for all time.
     stream = Stream(recipe, 1000 * seed + rank, where)
     check = Validation(recipe, where)
@@ -197,35 +196,46 @@ def train(
 
     saved = time.monotonic()
     losses: list[float] = []
-    for step in range(done, steps):
-        began = time.monotonic()
-        for group in optimizer.param_groups:
-            warm, cool = min(1, (step + 1) / 500), min(1, 5 * (1 - step / steps))
-            group["lr"] = recipe.learning_rate * warm * cool
-        x0 = stream.batch(step).to(where)
-        # Stratified times, denser at low noise, where the detail is. Seeded by the step, as the batch is.
-        g = torch.Generator().manual_seed(stream.seed_of(step) + 1)
-        u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=g)) / len(x0)
-        t = (u**1.5 * len(prior.schedule)).long().to(where)
-        noise = torch.randn(x0.shape, generator=g).to(where)
-        with accelerator.autocast():
-            loss = v_loss(ready, prior, x0.contiguous(memory_format=torch.channels_last), t, noise).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        mean.update_parameters(net)
-        losses.append(loss.item())
-        seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
-        if step + 1 == steps or stopped or time.monotonic() - saved > 60 * minutes_between_saves:
-            save(step + 1)
-            saved = time.monotonic()
-        if stopped:
-            progress(f"stopped at step {step + 1}; the same command goes on from here")
-            break
-    for s, handler in before.items():
-        signal.signal(s, handler)
+    with _signals_noted() as stopped:
+        for step in range(done, steps):
+            began = time.monotonic()
+            for group in optimizer.param_groups:
+                warm, cool = min(1, (step + 1) / 500), min(1, 5 * (1 - step / steps))
+                group["lr"] = recipe.learning_rate * warm * cool
+            x0 = stream.batch(step).to(where)
+            # Stratified times, denser at low noise, where the detail is. Seeded by the step, as the batch is.
+            g = torch.Generator().manual_seed(stream.seed_of(step) + 1)
+            u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=g)) / len(x0)
+            t = (u**1.5 * len(prior.schedule)).long().to(where)
+            noise = torch.randn(x0.shape, generator=g).to(where)
+            with accelerator.autocast():
+                loss = v_loss(ready, prior, x0.contiguous(memory_format=torch.channels_last), t, noise).mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mean.update_parameters(net)
+            losses.append(loss.item())
+            seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
+            if step + 1 == steps or stopped or time.monotonic() - saved > 60 * minutes_between_saves:
+                save(step + 1)
+                saved = time.monotonic()
+            if stopped:
+                progress(f"stopped at step {step + 1}; the same command goes on from here")
+                break
     return folder / f"{name}.safetensors"
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list]:
+    """Polite requests to end are put in a list, to be met between two steps."""
+    stopped: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 @torch.no_grad()

@@ -217,6 +217,15 @@ plain = dps(y[:1], kernel, shipped, steps, step_size, seed)
 print(f"PSNR {psnr(y[:1], truth[:1]).item():.1f} dB blurred, {psnr(plain, truth[:1]).item():.1f} dB restored")
 
 # %% [markdown]
+# How much of the photograph is left in $x_t$ at a few of the times that the loop passes:
+
+# %%
+# NBVAL_CHECK_OUTPUT
+for t in (999, 300, 100, 20, 0):
+    a = prior.schedule.alpha_bar(t)
+    print(f"t = {t:3d}: x_t = {math.sqrt(a):.3f} x_0 + {math.sqrt(1 - a):.3f} noise")
+
+# %% [markdown]
 # ## The same from blindlib
 #
 # `sample` takes the measurement, the operator, and a prior for each unknown. What is known is fixed with

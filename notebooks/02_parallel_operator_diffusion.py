@@ -65,8 +65,8 @@ from blindlib.priors import kernel_to_latent
 
 sizes = {
     "ci": {"side": 64, "plain": 12, "main": 20, "ablation": 10, "posterior": (3, 10), "hard": 10, "panel": (4, 8)},
-    "cpu": {"side": 64, "plain": 100, "main": 1000, "ablation": 200, "posterior": (6, 250), "hard": 250,
-            "panel": (50, 200)},
+    "cpu": {"side": 64, "plain": 50, "main": 500, "ablation": 100, "posterior": (4, 150), "hard": 150,
+            "panel": (50, 100)},
     "gpu": {"side": 256, "plain": 100, "main": 1000, "ablation": 500, "posterior": (6, 1000), "hard": 1000,
             "panel": (100, 500)},
 }[preset]  # fmt: skip
@@ -275,7 +275,7 @@ print(f"largest difference of any pixel, of image or kernel: {agreement:.1e}")
 # %% [markdown]
 # ## The experiment
 #
-# One photograph, all the steps. From here on we use the library's default guidance, `DPS()`. It differs in two ways
+# One photograph, a long run. From here on we use the library's default guidance, `DPS()`. It differs in two ways
 # from the loop above. The kernel follows the *finite differences* of the residual: photographs are strongest at low
 # frequencies, where all kernels look alike, and differences give the fine ones a voice. And the kernel's step settles
 # towards the end, since the gradient of a norm keeps its length however small the misfit has become.
