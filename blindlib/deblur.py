@@ -141,7 +141,8 @@ def deblur(
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
-        guidance = DPS(step_size={name: size * 1000 / steps for name, size in STEP_SIZE.items()})
+        larger = min(1000 / steps, 10)  # fewer steps are to cover the same way; beyond that they overshoot
+        guidance = DPS(step_size={name: larger * size for name, size in STEP_SIZE.items()})
         run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, guidance=guidance, progress=progress)
         kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
     else:
