@@ -47,6 +47,7 @@ sync: .venv/ready  ## bring .ipynb and .py of each notebook in step, the .py bei
 figures: .venv/ready  ## execute the notebooks at "cpu", in place: their outputs, pictures and records
 	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS)
 	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
+	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb)
 
 train: .venv/ready  ## train a prior, or go on training it (PRIOR=image or kernel)
 	$(BIN)/python -m blindlib.train $(PRIOR)
