@@ -85,6 +85,7 @@ def test_marked_outputs(script, folder):
     committed = nbformat.read(script.with_suffix(".ipynb"), 4)
     marked = [c for c in committed.cells if c.cell_type == "code" and "NBVAL_CHECK_OUTPUT" in c.source]
     assert marked and all(c.outputs for c in marked), "no cell is marked for nbval, or one has no output"
+    committed.metadata.setdefault("papermill", {})  # where papermill notes the parameters it sets
     path = folder / f"nbval_{script.stem}.ipynb"
     nbformat.write(parameterize_notebook(committed, {"preset": "ci"}), path)
     done = subprocess.run(
