@@ -44,8 +44,7 @@ lab: .venv/ready  ## JupyterLab on the notebooks
 sync: .venv/ready  ## bring .ipynb and .py of each notebook in step, the .py being right
 	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS)
 
-figures: .venv/ready  ## execute the notebooks at "cpu", in place: their outputs, pictures and records
-	$(BIN)/jupytext --update --to ipynb $(NOTEBOOKS)
+figures: sync  ## execute the notebooks at "cpu", in place: their outputs, pictures and records
 	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
 	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb)
 

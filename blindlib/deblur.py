@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from blindlib.metrics import recentred
 from blindlib.operators import BOUNDARIES, Blur
 from blindlib.priors import DiffusionPrior, load_prior
-from blindlib.sampler import DPS, STEP_SIZE, DiffPIR, sample
+from blindlib.sampler import DPS, DiffPIR, sample
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -132,7 +133,7 @@ def deblur(
         scale = max_size / max(y.shape[-2:])
         size = [max(1, round(side * scale)) for side in y.shape[-2:]]
         say(f"scaling down from {y.shape[-1]}x{y.shape[-2]} to {size[1]}x{size[0]} pixels (max_size={max_size})")
-        y = F.interpolate(y, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        y = resize(y, size)
     y = y.to(device)
     noise_std = estimate_noise(y) if noise_std is None else noise_std
 
@@ -141,8 +142,7 @@ def deblur(
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
-        larger = min(1000 / steps, 10)  # fewer steps are to cover the same way; beyond that they overshoot
-        guidance = DPS(step_size={name: larger * size for name, size in STEP_SIZE.items()})
+        guidance = DPS().respaced(steps)
         run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, guidance=guidance, progress=progress)
         kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
     else:
@@ -263,6 +263,12 @@ def read_image(photo: Photo) -> Tensor:
     if x.shape[2] == 4:
         x = x[:, :, :3] * x[:, :, 3:] + 1 - x[:, :, 3:]
     return 2 * x.expand(*x.shape[:2], 3).permute(2, 0, 1)[None].contiguous() - 1
+
+
+def resize(image: Tensor, size: int | Sequence[int]) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] at another ``size``: (height, width), or the side of a square."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def write_image(image: Tensor, path: str | os.PathLike) -> None:

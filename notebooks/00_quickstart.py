@@ -43,7 +43,7 @@ import torch
 from skimage import data
 
 from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
-from blindlib.deblur import read_image
+from blindlib.deblur import read_image, resize
 
 side, steps = {"ci": (64, 20), "cpu": (128, 300), "gpu": (256, 1000)}[preset]
 
@@ -59,9 +59,7 @@ if photo:
     blurred, truth, true_kernel = read_image(photo), None, None
 else:
     pad = 31  # the scene reaches beyond what the sensor sees, by the kernel's size less one
-    scene = read_image(data.astronaut()[:440, 20:460])
-    scene = torch.nn.functional.interpolate(scene, size=(side + pad, side + pad), mode="bicubic", antialias=True)
-    scene = scene.clamp(-1, 1)
+    scene = resize(read_image(data.astronaut()[:440, 20:460]), side + pad)
     true_kernel = motion_kernels(1, 32, seed=100 + seed)
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
     blurred = Blur("valid")(scene, true_kernel) + 0.02 * noise

@@ -49,6 +49,7 @@ from skimage import data
 from tqdm import tqdm
 
 from blindlib import DPS, Blur, DiffPIR, display, load_prior, motion_kernels, psnr, sample
+from blindlib.deblur import read_image, resize
 
 # Fewer steps take larger strides. The gradient of a norm has the same length at every image size, so that the same
 # change of each pixel needs a step size that grows with the side.
@@ -71,8 +72,7 @@ prior = load_prior(faces[0], device=device) if preset == "gpu" and faces else sh
 
 def photograph(pixels, top, left, length):
     """A square part of a photograph as a tensor (1, 3, side, side) in [-1, 1]."""
-    part = torch.tensor(pixels[top : top + length, left : left + length]).permute(2, 0, 1)[None] / 127.5 - 1
-    return torch.nn.functional.interpolate(part, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return resize(read_image(pixels[top : top + length, left : left + length]), side)
 
 
 photos = {

@@ -39,7 +39,6 @@ seed = 0
 device = "auto"
 
 # %%
-import dataclasses
 import math
 from pathlib import Path
 
@@ -61,6 +60,7 @@ from blindlib import (
     psnr,
     sample,
 )
+from blindlib.deblur import read_image, resize
 from blindlib.priors import kernel_to_latent
 
 sizes = {
@@ -98,8 +98,7 @@ window = priors["kernel"].shape[1]
 
 def photograph(pixels, top, left, length):
     """A square part of a photograph as a tensor (1, 3, side, side) in [-1, 1]."""
-    part = torch.tensor(pixels[top : top + length, left : left + length]).permute(2, 0, 1)[None] / 127.5 - 1
-    return torch.nn.functional.interpolate(part, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return resize(read_image(pixels[top : top + length, left : left + length]), side)
 
 
 photos = {
@@ -266,7 +265,7 @@ plain_image, plain_kernel = parallel_dps(y[:1], shipped["image"], shipped["kerne
 # non-blind with one more entry in the dictionary. Two implementations must agree, so we insist on it.
 
 # %%
-library = sample(y[:1], Blur("circular"), shipped, steps=steps, seed=seed, guidance=DPS.released(step_size=gain(steps)))
+library = sample(y[:1], Blur("circular"), shipped, steps=steps, seed=seed, guidance=DPS.released().respaced(steps))
 torch.testing.assert_close(plain_image, library.image, atol=1e-3, rtol=0)
 torch.testing.assert_close(plain_kernel, library.kernel, atol=1e-3, rtol=0)
 agreement = max((plain_image - library.image).abs().max().item(), (plain_kernel - library.kernel).abs().max().item())
@@ -282,18 +281,11 @@ print(f"largest difference of any pixel, of image or kernel: {agreement:.1e}")
 
 
 # %%
-def scaled(guidance, steps):
-    """The guidance with the step size that this number of steps asks for."""
-    size = guidance.step_size
-    size = gain(steps) * size if isinstance(size, float) else {name: gain(steps) * s for name, s in size.items()}
-    return dataclasses.replace(guidance, step_size=size)
-
-
 if preset != "ci":
     print("about a minute on two CPU cores, a few minutes on a GPU at full size")
 steps = sizes["main"]
 blind = sample(
-    y[:1], blur, priors, steps=steps, seed=seed, guidance=scaled(DPS(), steps), history=min(steps, 40), progress=True
+    y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), history=min(steps, 40), progress=True
 )
 
 # %%
@@ -400,7 +392,7 @@ steps = sizes["ablation"]
 ablation = {}
 for name, (chosen, guidance) in tqdm(cases.items(), "ablations"):
     try:
-        ablation[name] = sample(y, blur, chosen, steps=steps, seed=seed, guidance=scaled(guidance, steps))
+        ablation[name] = sample(y, blur, chosen, steps=steps, seed=seed, guidance=guidance.respaced(steps))
     except ArithmeticError as error:  # a step that is too long is a result too
         print(f"{name}: {error}")
 
@@ -453,7 +445,7 @@ count, steps = sizes["posterior"]
 if preset != "ci":
     print("about a minute on two CPU cores, a quarter of an hour on a GPU at full size")
 several = sample(
-    y[:1], blur, priors, steps=steps, seed=seed, guidance=scaled(DPS(), steps), samples=count, progress=True
+    y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), samples=count, progress=True
 )
 
 # %% [markdown]
@@ -530,7 +522,7 @@ true_kernels = [kernels[:1], kernels[:1], wide]
 hard = torch.cat([blur(x, k) for x, k in zip((sky, bright, truth[1:2]), true_kernels, strict=True)])
 hard = (hard + noise_std * noise).clamp(-1, 1)
 steps = sizes["hard"]
-broken = sample(hard, blur, priors, steps=steps, seed=seed, guidance=scaled(DPS(), steps), progress=True)
+broken = sample(hard, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), progress=True)
 
 # %%
 pictures = {}
@@ -584,7 +576,7 @@ fresh = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed + 
 measured = blur(clean, moved) + level * fresh
 panel = {}
 for steps in tqdm(sizes["panel"], "numbers of steps"):
-    batch = sample(measured, blur, priors, steps=steps, seed=seed, guidance=scaled(DPS(), steps))
+    batch = sample(measured, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps))
     for i, key in enumerate(keys):
         one = slice(i, i + 1)
         db, likeness = scores(batch.image[one], batch.kernel[one], clean[one], moved[one])
@@ -650,7 +642,7 @@ _ = display.record(
 # def unclipped(image, kernel):
 #     return torch.where(clipped, hard[1:2], blur(image, kernel))
 #
-# again = sample(hard[1:2], unclipped, priors, steps=steps, seed=seed, guidance=scaled(DPS(), steps))
+# again = sample(hard[1:2], unclipped, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps))
 # display.show({"with all pixels": broken.image[1], "without clipped ones": again.image[0], "truth": bright[0]})
 # ```
 #
@@ -672,7 +664,7 @@ _ = display.record(
 # pixel = torch.zeros_like(kernels[:1])
 # pixel[..., window // 2, window // 2] = 1
 # unblurred = truth[:1] + noise_std * noise[:1]
-# result = sample(unblurred, blur, priors, steps=250, seed=seed, guidance=scaled(DPS(), 250))
+# result = sample(unblurred, blur, priors, steps=250, seed=seed, guidance=DPS().respaced(250))
 # print(mnc(result.kernel, pixel))
 # ```
 # </details>
@@ -690,7 +682,7 @@ _ = display.record(
 #     "neither": DPS(settling=(), edges=()),
 # }
 # for name, guidance in variants.items():
-#     result = sample(y, blur, priors, steps=200, seed=seed, guidance=scaled(guidance, 200))
+#     result = sample(y, blur, priors, steps=200, seed=seed, guidance=guidance.respaced(200))
 #     print(name, scores(result.image, result.kernel, truth, kernels))
 # ```
 #

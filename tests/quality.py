@@ -7,16 +7,16 @@ Another ``--seed`` gives another set: other scenes, kernels and noise, and other
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from skimage import data
 from torch import Tensor
 
 from blindlib import DPS, Blur, DiffPIR, dead_leaves, load_prior, mnc, motion_kernels, psnr, sample
-from blindlib.deblur import read_image
+from blindlib.deblur import read_image, resize
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 NOISE_STD = 0.02
@@ -32,7 +32,7 @@ def photographs(seed: int) -> Tensor:
         side = int(short * (0.4 + 0.5 * torch.rand((), generator=g)))
         top, left = (int((n - side) * torch.rand((), generator=g)) for n in x.shape[-2:])
         x = x[..., top : top + side, left : left + side]
-        out.append(F.interpolate(x, size=(64, 64), mode="bicubic", antialias=True).clamp(-1, 1))
+        out.append(resize(x, 64))
     return torch.cat(out)
 
 
@@ -53,37 +53,28 @@ def main() -> None:
     known = partial(Blur(), kernel=k)
     proximal = DiffPIR(noise_std=NOISE_STD)
 
-    methods = {
-        "blurred": lambda: (y, None),
-        "kernel known, DiffPIR 100": lambda: (sample(y, known, image_only, steps=100, guidance=proximal).image, None),
-        "kernel known, DPS 1000": lambda: (sample(y, known, image_only, steps=a.steps).image, None),
-        "BlindDPS as released, 1000": lambda: blind(DPS.released()),
-        "BlindDPS, 1000": lambda: blind(DPS()),
-        "BlindDPS, 1000, then DiffPIR": lambda: (
-            sample(y, partial(Blur(), kernel=found[-1]), image_only, steps=100, guidance=proximal).image,
-            found[-1],
-        ),
-    }
-    found = []
+    def methods() -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Each method's name, images and kernels, computed when they are asked for."""
+        yield "blurred", y, None
+        yield "kernel known, DiffPIR", sample(y, known, image_only, steps=100, guidance=proximal).image, None
+        yield "kernel known, DPS", sample(y, known, image_only, steps=a.steps).image, None
+        run = sample(y, Blur(), priors, steps=a.steps, guidance=DPS.released(), progress=True)
+        yield "BlindDPS as released", run.image, run.kernel
+        run = sample(y, Blur(), priors, steps=a.steps, progress=True)
+        yield "BlindDPS", run.image, run.kernel
+        found = partial(Blur(), kernel=run.kernel)
+        yield "and then DiffPIR", sample(y, found, image_only, steps=100, guidance=proximal).image, run.kernel
 
-    def blind(guidance: DPS) -> tuple[Tensor, Tensor]:
-        run = sample(y, Blur(), priors, steps=a.steps, guidance=guidance, progress=True)
-        found.append(run.kernel)
-        return run.image, run.kernel
-
-    table = {}
+    table, began = {}, time.perf_counter()
     print(f"{'PSNR in dB and kernel MNC, mean (standard error)':40s}   scenes                     photographs")
-    for name, method in methods.items():
-        began = time.perf_counter()
-        image, kernel = method()
+    for name, image, kernel in methods():
         quality, likeness = psnr(image, x, max_shift=4), None if kernel is None else mnc(kernel, k)
-        row = [
-            _shown(quality[part], None if kernel is None else likeness[part]) for part in (slice(0, 8), slice(8, 16))
-        ]
-        print(
-            f"{name:40s}   {row[0]:24s}   {row[1]:24s} {(time.perf_counter() - began) / 16:6.1f} s an image", flush=True
-        )
+        halves = (slice(0, 8), slice(8, 16))
+        row = [_shown(quality[part], None if likeness is None else likeness[part]) for part in halves]
+        seconds = (time.perf_counter() - began) / len(x)
+        print(f"{name:40s}   {row[0]:24s}   {row[1]:24s} {seconds:6.1f} s an image", flush=True)
         table[name] = {"psnr": quality.tolist(), "mnc": likeness.tolist() if likeness is not None else None}
+        began = time.perf_counter()
     if a.out is not None:
         a.out.write_text(json.dumps({"seed": a.seed, "steps": a.steps, **table}, indent=1) + "\n")
 

@@ -5,7 +5,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,5 +91,4 @@ def test_marked_outputs(script, folder):
         [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", path.name],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
-    shutil.rmtree(folder / ".pytest_cache", ignore_errors=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -33,9 +33,7 @@ def test_badges_lead_to_files_in_this_repository():
 
 def test_relative_links_of_the_readme_exist():
     text = (ROOT / "README.md").read_text()
-    links = [l for l in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
-    links = [a or b for a, b in links]
-    local = [l for l in links if not l.startswith(("http", "#"))]
+    local = [l for l in re.findall(r"\]\(([^)\s]+)\)", text) if not l.startswith(("http", "#"))]
     assert local and all((ROOT / l).exists() for l in local), [l for l in local if not (ROOT / l).exists()]
 
 
