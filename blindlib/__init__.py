@@ -1,10 +1,11 @@
 """Blind inverse problems with diffusion models: recover an image *and* the operator that degraded it."""
 
 from blindlib.deblur import Deblurred, deblur
+from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.metrics import mnc, psnr
 from blindlib.operators import Blur
 from blindlib.priors import DiffusionPrior, UniformPrior, load_prior
-from blindlib.sampler import DPS, DiffPIR, Result, sample
+from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
 from blindlib.simulate import (
     blur_kernels,
@@ -18,11 +19,15 @@ from blindlib.unet import UNet
 
 __all__ = [
     "DPS",
+    "L1",
+    "L2",
     "Blur",
     "Deblurred",
     "DiffPIR",
     "DiffusionPrior",
     "NoiseSchedule",
+    "PiGDM",
+    "PlugAndPlay",
     "Result",
     "UNet",
     "UniformPrior",
@@ -30,11 +35,15 @@ __all__ = [
     "dead_leaves",
     "deblur",
     "defocus_kernels",
+    "diffusion_em",
+    "fast_em",
+    "fit_kernel",
     "gaussian_kernels",
     "linear_kernels",
     "load_prior",
     "mnc",
     "motion_kernels",
+    "prior_denoiser",
     "psnr",
     "sample",
 ]

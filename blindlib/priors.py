@@ -25,6 +25,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 CHANNELS = {"image": 3, "kernel": 1, "tilt": 2}
 
+# Side of the window of the published kernel prior, which its checkpoint does not tell.
+PUBLISHED_KERNEL = 64
+
 
 def image_to_physical(x0: Tensor) -> Tensor:
     """An image is its own diffusion variable, in [-1, 1]."""
@@ -284,7 +287,8 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
             kinds = {channels: latent for latent, channels in CHANNELS.items()}
             if net.in_channels not in kinds:
                 raise ValueError(f"a net of {net.in_channels} input channels is no prior of image, kernel or tilt")
-            prior = DiffusionPrior(net, kinds[net.in_channels])
+            latent = kinds[net.in_channels]
+            prior = DiffusionPrior(net, latent, size=PUBLISHED_KERNEL if latent == "kernel" else None)
         else:
             net = UNet(**about["net"])
             net.load_state_dict({key: value.float() for key, value in state.items()})

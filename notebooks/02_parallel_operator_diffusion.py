@@ -50,7 +50,6 @@ from tqdm import tqdm
 from blindlib import (
     DPS,
     Blur,
-    DiffusionPrior,
     UniformPrior,
     blur_kernels,
     display,
@@ -87,12 +86,8 @@ def published(name):
 shipped = {name: load_prior(name, device=device) for name in ("image", "kernel")}
 priors = dict(shipped)
 if published("ffhq_10m.pt") and published("kernel.pt"):
-    net = load_prior(published("kernel.pt"), device=device).net
-    # A checkpoint does not say at which size it was trained: for this one, 64 x 64.
-    priors = {
-        "image": load_prior(published("ffhq_10m.pt"), device=device),
-        "kernel": DiffusionPrior(net, "kernel", size=64),
-    }
+    names = {"image": "ffhq_10m.pt", "kernel": "kernel.pt"}
+    priors = {latent: load_prior(published(file), device=device) for latent, file in names.items()}
 window = priors["kernel"].shape[1]
 
 

@@ -1,0 +1,339 @@
+"""Diffusion EM (arXiv 2309.00287): the kernel that is most likely, while images are sampled with it.
+
+The E-step draws images given the kernel, the M-step (:func:`fit_kernel`) fits the kernel to them. :func:`diffusion_em`
+alternates whole runs with M-steps; :func:`fast_em` makes one run, with an M-step at each of its steps. Both are
+:func:`~blindlib.sampler.sample` with a guidance of their own. All blurs are circular: the M-step is solved by FFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from blindlib.operators import Blur, otf
+from blindlib.priors import Prior, kernel_to_latent
+from blindlib.sampler import DPS, Latents, PiGDM, Result, sample
+from blindlib.schedule import NoiseSchedule
+
+Regularizer = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class L1:
+    """``weight * |k|_1``: its proximal map at strength 1 / beta is the soft threshold."""
+
+    weight: float = 1.0
+
+    def __call__(self, kernel: Tensor, beta: float) -> Tensor:
+        return (kernel.abs() - self.weight / beta).clamp(min=0) * kernel.sign()
+
+
+@dataclass(frozen=True)
+class L2:
+    """``weight / 2 * |k|_2^2``: its proximal map shrinks. All of it is lost when the sum is made one again."""
+
+    weight: float = 1.0
+
+    def __call__(self, kernel: Tensor, beta: float) -> Tensor:
+        return kernel / (1 + self.weight / beta)
+
+
+@dataclass(frozen=True)
+class PlugAndPlay:
+    """A denoiser in the place of the proximal map, at the noise level that belongs to it (section 3.3).
+
+    Parameters
+    ----------
+    denoise : callable
+        ``denoise(kernel, std)``: kernels (B, 1, K, K) that sum to one, with white noise of standard deviation ``std``.
+    weight : float
+        lambda in the paper: 1 for windows of 33 x 33, 0.2 for 64 x 64.
+    """
+
+    denoise: Callable[[Tensor, float], Tensor]
+    weight: float = 1.0
+
+    def __call__(self, kernel: Tensor, beta: float) -> Tensor:
+        return self.denoise(kernel, (self.weight / beta) ** 0.5)
+
+
+def prior_denoiser(prior: Prior) -> Callable[[Tensor, float], Tensor]:
+    """The diffusion prior of kernels as the denoiser of :class:`PlugAndPlay`.
+
+    A kernel is scaled to peak 1 for its diffusion, and its noise with it: the time is the one with that noise level,
+    for each kernel its own.
+    """
+    sigmas = torch.tensor([prior.schedule.sigma(t) for t in range(len(prior.schedule))])
+
+    @torch.no_grad()
+    def one(kernel: Tensor, std: float) -> Tensor:
+        t = int((sigmas - 2 * std / float(kernel.max())).abs().argmin())
+        return prior.physical(prior.denoise(prior.schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel), t))
+
+    return lambda kernel, std: torch.cat([one(k[None], std) for k in kernel])
+
+
+def fit_kernel(
+    y: Tensor,
+    x_samples: Tensor,
+    noise_std: float,
+    kernel0: Tensor,
+    regularizer: Regularizer | None = None,
+    *,
+    beta: float = 1e5,
+    iterations: int = 10,
+) -> Tensor:
+    """The M-step: the kernel for which samples of the image explain ``y`` best (arXiv 2309.00287, eq. 14 to 18).
+
+    Minimises the mean over the samples of ``|y - k * x|^2 / (2 noise_std^2)`` plus the regulariser, by half-quadratic
+    splitting: alternately a least-squares solve in Fourier space, for each colour channel and then averaged, and the
+    regulariser's proximal map, after each of which negative values are cut and the sum is made one.
+
+    Parameters
+    ----------
+    y : Tensor, shape (B, C, H, W)
+        Measurements under a circular blur, on any scale.
+    x_samples : Tensor, shape (B, n, C, H, W) or (B, C, H, W)
+        Images, on the same scale.
+    noise_std : float
+        Of ``y``, on its scale.
+    kernel0 : Tensor, shape (B or 1, 1, K, L)
+        Start; its window is the result's.
+    regularizer : callable, optional
+        ``regularizer(kernel, beta)``: a proximal map, such as :class:`L1`, :class:`L2` or :class:`PlugAndPlay`.
+    beta : float
+        Weight of the splitting, for kernels that sum to one.
+    iterations : int
+
+    Returns
+    -------
+    Tensor, shape (B, 1, K, L)
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or a number is not positive.
+    """
+    x = x_samples.unsqueeze(1) if x_samples.ndim == 4 else x_samples
+    if y.ndim != 4 or x.ndim != 5 or x.shape[:1] + x.shape[2:] != y.shape:
+        raise ValueError(
+            f"x_samples: expected shape (B, n, C, H, W) with y's {tuple(y.shape)}, got {tuple(x_samples.shape)}"
+        )
+    if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1] != 1:
+        raise ValueError(f"kernel0: expected shape (B or 1, 1, K, L), got {tuple(kernel0.shape)}")
+    if any(k > side for k, side in zip(kernel0.shape[-2:], y.shape[-2:], strict=True)):
+        raise ValueError(f"kernel0: {tuple(kernel0.shape[-2:])} is larger than the image, {tuple(y.shape[-2:])}")
+    for name, value in (("noise_std", noise_std), ("beta", beta), ("iterations", iterations)):
+        if not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+    size, window = tuple(y.shape[-2:]), tuple(kernel0.shape[-2:])
+    spectrum = torch.fft.rfft2(x)
+    top = (spectrum.conj() * torch.fft.rfft2(y)[:, None]).sum(1)
+    bottom = spectrum.abs().square().sum(1)
+    weight = noise_std**2 * beta
+    z = kernel0.expand(len(y), -1, -1, -1)
+    for _ in range(iterations):
+        solved = ((top + weight * otf(z, size)) / (bottom + weight)).mean(1, keepdim=True)
+        z = _simplex(_window(torch.fft.irfft2(solved, s=size), window))
+        if regularizer is not None:
+            z = _simplex(regularizer(z, beta))
+    return z
+
+
+def centred(kernel: Tensor) -> Tensor:
+    """Kernels (B, 1, K, L) moved, by parts of a pixel too, so that their centre of mass is pixel (K // 2, L // 2).
+
+    By cubic splines; what leaves the window is lost, negative values are cut and the sum is made one.
+    """
+    middle = [side // 2 for side in kernel.shape[-2:]]
+    moved = []
+    for one in kernel[:, 0].cpu().numpy():
+        mass = ndimage.center_of_mass(one)
+        moved.append(torch.from_numpy(ndimage.shift(one, [m - c for m, c in zip(middle, mass, strict=True)])))
+    return _simplex(torch.stack(moved)[:, None].to(kernel))
+
+
+def _simplex(kernel: Tensor) -> Tensor:
+    """Negative values cut, the sum made one; a kernel of which nothing is left becomes flat."""
+    k = kernel.clamp(min=0)
+    total = k.sum((-2, -1), keepdim=True)
+    return torch.where(total > 0, k / total.clamp(min=1e-12), 1 / (k.shape[-2] * k.shape[-1]))
+
+
+def _window(full: Tensor, window: tuple[int, int]) -> Tensor:
+    """The part of periodic kernels, centred at the origin, that lies in ``window``, centred there."""
+    k, l = window
+    return full.roll((k // 2, l // 2), (-2, -1))[..., :k, :l]
+
+
+class _KernelEstimate:
+    """Stands where a prior of the kernel would: the "latent" is one kernel, which EM replaces at each step."""
+
+    stride = 1
+
+    def __init__(self, kernel0: Tensor, schedule: NoiseSchedule) -> None:
+        self.kernel0, self.schedule = kernel0, schedule
+        self.shape, self.device = tuple(kernel0.shape[1:]), kernel0.device
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.kernel0.repeat_interleave(len(noise) // len(self.kernel0), 0)
+
+    def physical(self, x0: Tensor) -> Tensor:
+        return x0
+
+
+@dataclass(frozen=True)
+class EM:
+    """A guidance that takes a step of the image with the current kernel, then an M-step (algorithm 2).
+
+    Parameters
+    ----------
+    guidance : callable
+        Of the image: :class:`PiGDM` or :class:`DPS`.
+    noise_std : float
+    samples : int
+        Neighbouring items that are samples of one measurement, and share its kernel.
+    regularizer : callable, optional
+    fit_below : int
+        M-steps begin at this time. Before, x0_hat has no edges yet, and the kernel would follow its blur.
+    """
+
+    guidance: Callable
+    noise_std: float
+    samples: int = 1
+    regularizer: Regularizer | None = None
+    fit_below: int = 1000
+
+    def __call__(
+        self,
+        x: Latents,
+        t: int,
+        t_prev: int,
+        y: Tensor,
+        operator: Callable,
+        priors: Mapping[str, Prior],
+        noise: Latents,
+    ) -> tuple[Latents, Latents, Tensor]:
+        """One step from ``t`` to ``t_prev``; returns as :meth:`DPS.__call__`."""
+        known, image = partial(operator, kernel=x["kernel"]), {"image": priors["image"]}
+        new, x0, norm = self.guidance({"image": x["image"]}, t, t_prev, y, known, image, noise)
+        kernel = x["kernel"]
+        if t < self.fit_below:
+            grouped = priors["image"].physical(x0["image"]).unflatten(0, (-1, self.samples))
+            first = slice(None, None, self.samples)
+            kernel = fit_kernel(y[first], grouped, self.noise_std, kernel[first], self.regularizer)
+            kernel = centred(kernel).repeat_interleave(self.samples, 0)
+        return {**new, "kernel": kernel}, {**x0, "kernel": kernel}, norm
+
+
+def fast_em(
+    y: Tensor,
+    image_prior: Prior,
+    *,
+    kernel_size: int,
+    noise_std: float,
+    steps: int = 100,
+    backbone: str = "pigdm",
+    samples: int = 1,
+    regularizer: Regularizer | None = None,
+    kernel0: Tensor | None = None,
+    fit_below: int = 1000,
+    **options: object,
+) -> Result:
+    """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287, algorithm 2).
+
+    Parameters
+    ----------
+    y : Tensor, shape (B, C, H, W), about [-1, 1]
+        Measurements under a circular blur.
+    image_prior : Prior
+    kernel_size : int
+        Side of the kernel's window, odd or even.
+    noise_std : float
+        Of ``y``, on the [-1, 1] scale.
+    steps : int
+    backbone : {"pigdm", "dps"}
+    samples : int
+        Posterior samples that run in parallel and share one kernel.
+    regularizer : callable, optional
+        Of the M-step, see :func:`fit_kernel`.
+    kernel0 : Tensor, shape (B or 1, 1, K, K), optional
+        Start; default a centred delta.
+    fit_below : int
+        M-steps begin at this time of the diffusion.
+    **options
+        As of :func:`~blindlib.sampler.sample`: ``seed``, ``history``, ``progress``, ``callback``.
+
+    Returns
+    -------
+    Result
+        ``.image`` (B * samples, C, H, W), ``.kernel`` (B * samples, 1, K, K), that of a measurement repeated.
+
+    Raises
+    ------
+    ValueError
+        If the backbone is unknown, or sizes do not fit.
+    """
+    kernel0 = _start(y, kernel_size, kernel0)
+    guidance = EM(_backbone(backbone, noise_std, steps), noise_std, samples, regularizer, fit_below)
+    priors = {"image": image_prior, "kernel": _KernelEstimate(kernel0, image_prior.schedule)}
+    return sample(y, Blur(), priors, steps=steps, samples=samples, guidance=guidance, **options)
+
+
+def diffusion_em(
+    y: Tensor,
+    image_prior: Prior,
+    *,
+    kernel_size: int,
+    noise_std: float,
+    steps: int = 100,
+    rounds: int = 10,
+    backbone: str = "pigdm",
+    samples: int = 1,
+    regularizer: Regularizer | None = None,
+    kernel0: Tensor | None = None,
+    **options: object,
+) -> Result:
+    """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287, algorithm 1).
+
+    Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
+    last round's.
+    """
+    kernel = _start(y, kernel_size, kernel0)
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    guidance = _backbone(backbone, noise_std, steps)
+    seconds = 0.0
+    for _ in range(rounds):
+        operator = partial(Blur(), kernel=kernel.expand(len(y), -1, -1, -1))
+        run = sample(y, operator, {"image": image_prior}, steps=steps, samples=samples, guidance=guidance, **options)
+        seconds += run.seconds
+        kernel = centred(fit_kernel(y, run.posterior("image"), noise_std, kernel, regularizer))
+    latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
+    return replace(run, latents=latents, evaluations=rounds * steps, seconds=seconds)
+
+
+def _backbone(name: str, noise_std: float, steps: int) -> Callable:
+    if name == "pigdm":
+        return PiGDM(noise_std)
+    if name == "dps":
+        return DPS().respaced(steps)
+    raise ValueError(f"backbone: expected 'pigdm' or 'dps', got {name!r}")
+
+
+def _start(y: Tensor, size: int, kernel0: Tensor | None) -> Tensor:
+    """The kernel to start from, on y's device."""
+    if size < 1 or size > min(y.shape[-2:]):
+        raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
+    if kernel0 is None:
+        kernel0 = torch.zeros(1, 1, size, size)
+        kernel0[..., size // 2, size // 2] = 1
+    if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
+        raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
+    return kernel0.to(y).expand(len(y), -1, -1, -1)

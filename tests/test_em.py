@@ -1,0 +1,243 @@
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+
+from blindlib import (
+    L1,
+    L2,
+    Blur,
+    DiffusionPrior,
+    PiGDM,
+    PlugAndPlay,
+    UNet,
+    diffusion_em,
+    fast_em,
+    fit_kernel,
+    gaussian_kernels,
+    mnc,
+    motion_kernels,
+    prior_denoiser,
+    psnr,
+    sample,
+)
+from blindlib.em import centred
+from blindlib.operators import otf
+from blindlib.priors import GaussianPrior
+
+
+@pytest.fixture(scope="module")
+def small_prior():
+    torch.manual_seed(0)
+    net = UNet(3, base_channels=8, multipliers=(1, 1), groups=4)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return DiffusionPrior(net, "image", prediction="v")
+
+
+def delta(size):
+    k = torch.zeros(1, 1, size, size)
+    k[..., size // 2, size // 2] = 1
+    return k
+
+
+def power_law(size):
+    f = torch.sqrt(torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size) ** 2) * size
+    return (1.5 / (1 + f**2))[None]
+
+
+def gaussian_images(n, size, g):
+    """Exact draws of the prior with that spectrum."""
+    white = torch.fft.rfft2(torch.randn(n, 1, size, size, generator=g))
+    return torch.fft.irfft2(power_law(size).sqrt() * white, s=(size, size))
+
+
+# ------------------------------------------------------------------------------------- the published numbers
+
+
+def test_m_step_agrees_with_the_published_code(golden):
+    d = golden("fast_em.npz")
+    fit = partial(fit_kernel, d["y"], noise_std=float(d["sigma"]), kernel0=d["k0"])
+    for weight in (0, 1, 1000):
+        for kind, regularizer in (("l1", L1(weight)), ("l2", L2(weight))):
+            expected = d[f"hqs_{kind}_lambda{weight}"]
+            torch.testing.assert_close(fit(d["x"], regularizer=regularizer), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fit(d["x4"][None]), d["hqs_4samples"], atol=1e-5, rtol=0)
+    smooth = PlugAndPlay(lambda k, _: k / 2 + torch.nn.functional.avg_pool2d(k, 3, 1, 1) / 2)
+    torch.testing.assert_close(fit(d["x"], regularizer=smooth), d["hqs_pnp_smooth"], atol=1e-5, rtol=0)
+
+
+def test_blur_and_its_spectrum_agree_with_the_published_code(golden):
+    d = golden("fast_em.npz")
+    torch.testing.assert_close(Blur()(d["x"], d["kernel"]), d["blur"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.fft.irfft2(otf(d["kernel"], (64, 64))), d["otf"], atol=1e-5, rtol=0)
+
+
+def test_guidance_agrees_with_the_published_code(golden):
+    """A^T (r^2 A A^T + sigma^2)^-1 (y - A x), got from the proximal map."""
+    d = golden("fast_em.npz")
+    x, s = d["x4"][:1], float(d["sigma"])
+    for r in (0.05, 0.5):
+        ours = (Blur().solve(d["y"], d["kernel"], x, (s / r) ** 2) - x) / r**2
+        torch.testing.assert_close(ours, d[f"guidance_r{r}"], atol=1e-2, rtol=0)
+
+
+def test_centred_agrees_with_the_published_code(golden):
+    d = golden("fast_em.npz")
+    expected = d["shifted"].clamp(min=0)
+    torch.testing.assert_close(centred(d["kernel"])[0, 0], expected / expected.sum(), atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- exact answers
+
+
+@pytest.mark.parametrize("size", [15, 16, 32])
+def test_m_step_recovers_the_kernel_from_clean_pairs(size, g):
+    x, k = torch.randn(2, 3, 48, 48, generator=g), motion_kernels(2, size, seed=3)
+    fitted = fit_kernel(Blur()(x, k), x, 1e-4, delta(size))
+    assert mnc(fitted, k).min() > 0.9999
+    torch.testing.assert_close(fitted, k, atol=1e-4, rtol=0)
+
+
+def test_m_step_does_not_mix_measurements(g):
+    x, k = torch.randn(3, 2, 3, 24, 24, generator=g), motion_kernels(3, 9, seed=1)
+    y = Blur()(x[:, 0], k) + 0.05 * torch.randn(3, 3, 24, 24, generator=g)
+    together = fit_kernel(y, x, 0.05, delta(9), L1(1.0))
+    for i in range(3):
+        alone = fit_kernel(y[i : i + 1], x[i : i + 1], 0.05, delta(9), L1(1.0))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+def test_em_never_lowers_the_marginal_likelihood(g):
+    """With exact posterior samples of a Gaussian prior, log p(y | k) grows from round to round.
+
+    Only if the M-step is solved: ten alternations at the published weight stop short, and likelihood is lost again.
+    """
+    size, std, k = 32, 0.1, gaussian_kernels(1, 9, seed=4)
+    x = gaussian_images(1, size, g)
+    y = Blur()(x, k) + std * torch.randn(x.shape, generator=g)
+    p = power_law(size)
+    twice = torch.full((size // 2 + 1,), 2.0)  # rfft2 holds one of each pair of conjugates
+    twice[0] = twice[-1] = 1
+
+    def log_likelihood(kernel):
+        s = otf(kernel, (size, size)).abs() ** 2 * p + std**2
+        power = torch.fft.rfft2(y, norm="ortho").abs() ** 2
+        return -0.5 * float((twice * (power / s + s.log())).sum())
+
+    def e_step(kernel, n):
+        h = otf(kernel, (size, size))
+        s = h.abs() ** 2 * p + std**2
+        drawn = gaussian_images(n, size, g)
+        predicted = Blur()(drawn, kernel) + std * torch.randn(drawn.shape, generator=g)
+        return drawn + torch.fft.irfft2(h.conj() * p / s * torch.fft.rfft2(y - predicted), s=(size, size))
+
+    kernel = delta(9)
+    grown = [log_likelihood(kernel)]
+    for _ in range(8):
+        kernel = fit_kernel(y, e_step(kernel, 400)[None], std, kernel, beta=1e7, iterations=100)
+        grown.append(log_likelihood(kernel))
+    gain = log_likelihood(k) - grown[0]
+    assert all(b > a - 0.005 * gain for a, b in pairwise(grown))  # 0.005: 400 samples, not all
+    assert grown[-1] > log_likelihood(k)
+
+
+def test_pigdm_is_the_exact_posterior_mean_for_a_white_gaussian(g):
+    prior, std, k = GaussianPrior(0.3**2 * torch.ones(1, 16, 9)), 0.05, gaussian_kernels(1, 5, seed=0)
+    y, x_t = torch.randn(2, 1, 16, 16, generator=g), torch.randn(2, 1, 16, 16, generator=g)
+    t, a = 300, prior.schedule.alpha_bar(300)
+    guidance = PiGDM(std, data_std=0.3)
+    new, x0, _ = guidance(
+        {"image": x_t}, t, -1, y, partial(Blur(), kernel=k), {"image": prior}, {"image": torch.zeros_like(x_t)}
+    )
+    # Two measurements of x, sqrt(a) x + noise and k * x + noise, of a white prior: diagonal in Fourier space.
+    h, f = otf(k, (16, 16)), torch.fft.rfft2
+    precision = 1 / 0.09 + a / (1 - a) + h.abs() ** 2 / std**2
+    exact = torch.fft.irfft2((math.sqrt(a) / (1 - a) * f(x_t) + h.conj() * f(y) / std**2) / precision, s=(16, 16))
+    torch.testing.assert_close(new["image"], exact, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(x0["image"], exact, atol=0.05)
+
+
+def test_centred_puts_the_centre_of_mass_in_the_middle():
+    k = gaussian_kernels(4, 33, seed=0)
+    moved = centred(torch.roll(k, (3, -2), (2, 3)))
+    assert mnc(moved, k).min() > 0.99
+    i = torch.arange(33.0)
+    assert ((moved.sum((1, 3)) * i).sum(1) - 16).abs().max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------- mechanics
+
+
+@pytest.mark.parametrize("method", [fast_em, partial(diffusion_em, rounds=2)])
+@pytest.mark.parametrize("backbone", ["pigdm", "dps"])
+def test_em_gives_kernels_and_is_independent_of_the_batch(small_prior, method, backbone, g):
+    y = 0.5 * torch.randn(2, 3, 16, 16, generator=g)
+    run = partial(method, image_prior=small_prior, kernel_size=7, noise_std=0.05, steps=4, backbone=backbone, samples=2)
+    both, one = run(y, seed=5), run(y[1:], seed=5)
+    assert both.image.shape == (4, 3, 16, 16) and both.kernel.shape == (4, 1, 7, 7)
+    assert both.kernel.min() >= 0
+    torch.testing.assert_close(both.kernel.sum((1, 2, 3)), torch.ones(4))
+    torch.testing.assert_close(both.kernel[2:], one.kernel, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(both.kernel[0], both.kernel[1])
+    assert not torch.equal(both.image[0], both.image[1])
+
+
+def test_fit_below_keeps_the_kernel_until_then(small_prior, g):
+    y = 0.5 * torch.randn(1, 3, 16, 16, generator=g)
+    run = fast_em(y, small_prior, kernel_size=7, noise_std=0.05, steps=5, fit_below=300, history=5)
+    kernels, times = run.history["kernel"][:, 0], run.history["t"]
+    assert torch.equal(kernels[times >= 300][-1], delta(7)[0])
+    assert not torch.equal(kernels[-1], delta(7)[0])
+
+
+def test_the_diffusion_prior_serves_as_denoiser():
+    from blindlib import load_prior
+
+    k, std = motion_kernels(4, 32, seed=2), 0.01
+    noisy = k + std * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
+    clean = prior_denoiser(load_prior("kernel"))(noisy, std)
+    assert (mnc(clean, k) > mnc(noisy.clamp(min=0), k) + 0.02).all()
+    assert mnc(clean, k).mean() > 0.95
+
+
+def test_known_kernel_by_pigdm_sharpens():
+    from blindlib import dead_leaves, load_prior
+
+    x, k = dead_leaves(2, 64, seed=77), motion_kernels(2, 32, seed=78)
+    y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    run = sample(y, partial(Blur(), kernel=k), {"image": load_prior("image")}, steps=30, guidance=PiGDM(0.02))
+    assert (psnr(run.image, x) > psnr(y, x) + 3).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x_samples=torch.zeros(1, 3, 8, 9)), "x_samples: expected shape"),
+        (dict(kernel0=torch.zeros(1, 1, 20, 20)), "kernel0: .* larger than the image"),
+        (dict(kernel0=torch.zeros(3, 3)), "kernel0: expected shape"),
+        (dict(noise_std=0.0), "noise_std: expected a positive number"),
+        (dict(iterations=0), "iterations: expected a positive number"),
+    ],
+)
+def test_bad_input_of_the_m_step(change, message):
+    good = dict(y=torch.zeros(1, 3, 8, 8), x_samples=torch.zeros(1, 3, 8, 8), noise_std=0.1, kernel0=delta(3))
+    with pytest.raises(ValueError, match=message):
+        fit_kernel(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(backbone="ddim"), "backbone: expected"),
+        (dict(kernel_size=17), "kernel_size: expected 1 to 16"),
+        (dict(kernel0=delta(9)), "kernel0: expected shape"),
+    ],
+)
+def test_bad_input_of_em(small_prior, change, message):
+    good = dict(y=torch.zeros(1, 3, 16, 16), image_prior=small_prior, kernel_size=7, noise_std=0.1, steps=2)
+    for method in (fast_em, diffusion_em):
+        with pytest.raises(ValueError, match=message):
+            method(**{**good, **change})
