@@ -3,7 +3,7 @@
 from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.metrics import mnc, psnr
-from blindlib.operators import Blur
+from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior, UniformPrior, load_prior
 from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
@@ -12,8 +12,10 @@ from blindlib.simulate import (
     dead_leaves,
     defocus_kernels,
     gaussian_kernels,
+    kolmogorov_tilts,
     linear_kernels,
     motion_kernels,
+    random_tilts,
 )
 from blindlib.unet import UNet
 
@@ -29,6 +31,7 @@ __all__ = [
     "PiGDM",
     "PlugAndPlay",
     "Result",
+    "Turbulence",
     "UNet",
     "UniformPrior",
     "blur_kernels",
@@ -39,12 +42,14 @@ __all__ = [
     "fast_em",
     "fit_kernel",
     "gaussian_kernels",
+    "kolmogorov_tilts",
     "linear_kernels",
     "load_prior",
     "mnc",
     "motion_kernels",
     "prior_denoiser",
     "psnr",
+    "random_tilts",
     "sample",
 ]
 __version__ = "0.1.0"

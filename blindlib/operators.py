@@ -119,6 +119,75 @@ class Blur:
         return x
 
 
+class Turbulence:
+    """Imaging through turbulent air: the scene is warped by a tilt field, then blurred (arXiv 2211.10656, eq. 20).
+
+    Parameters
+    ----------
+    boundary : {"circular", "zero", "reflect", "valid"}
+        As of :class:`Blur`, for the warp too; with ``"valid"`` it sees the edge pixels repeated.
+
+    Raises
+    ------
+    ValueError
+        If the boundary is not one of these.
+    """
+
+    def __init__(self, boundary: str = "circular") -> None:
+        self.blur = Blur(boundary)
+
+    def __repr__(self) -> str:
+        return f"Turbulence(boundary={self.blur.boundary!r})"
+
+    def __call__(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> Tensor:
+        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, 2, H, W) in pixels.
+
+        The result's shape and the errors are those of :class:`Blur`, and of :func:`warp`. Differentiable in all three.
+        """
+        return self.blur(warp(image, tilt, self.blur.boundary), kernel)
+
+    def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
+        """The sizes of latents that follow from those of the measurement and of the other latents."""
+        size = self.blur.sizes(measured, kernel)["image"]
+        return {"image": size, "tilt": size}
+
+
+def warp(image: Tensor, tilt: Tensor, boundary: str = "circular") -> Tensor:
+    """``image`` (B, C, H, W) seen through ``tilt`` (B or 1, 2, H, W): pixel (x, y) shows what is at (x, y) + tilt.
+
+    Tilts are in pixels, x (to the right) first; between pixels the image is bilinear, beyond its edges as ``boundary``
+    says (``"valid"``: the edge pixels repeated). Differentiable in both.
+
+    Raises
+    ------
+    TypeError
+        If either is not a floating-point tensor.
+    ValueError
+        If shapes, devices or the boundary do not fit.
+    """
+    for name, x in (("image", image), ("tilt", tilt)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+    if image.ndim != 4:
+        raise ValueError(f"image: expected 4 dimensions (B, C, H, W), got shape {tuple(image.shape)}")
+    b, _, h, w = image.shape
+    if tilt.ndim != 4 or tilt.shape[0] not in (1, b) or tilt.shape[1:] != (2, h, w):
+        raise ValueError(f"tilt: expected shape ({b} or 1, 2, {h}, {w}), got {tuple(tilt.shape)}")
+    if image.device != tilt.device:
+        raise ValueError(f"tilt: is on {tilt.device}, the image on {image.device}; move one with .to(device)")
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
+
+    x = torch.arange(w, device=tilt.device, dtype=tilt.dtype) + tilt[:, 0]
+    y = torch.arange(h, device=tilt.device, dtype=tilt.dtype)[:, None] + tilt[:, 1]
+    if boundary == "circular":  # between the last pixel and the first lies one more interval
+        image, x, y = F.pad(image, (0, 1, 0, 1), mode="circular"), x.remainder(w), y.remainder(h)
+    grid = torch.stack([2 * x / (image.shape[-1] - 1) - 1, 2 * y / (image.shape[-2] - 1) - 1], dim=-1)
+    beyond = {"zero": "zeros", "reflect": "reflection", "valid": "border", "circular": "border"}[boundary]
+    return F.grid_sample(image, grid.expand(b, -1, -1, -1), padding_mode=beyond, align_corners=True)
+
+
 def otf(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     """Transfer function (B, C, H, W // 2 + 1) of ``kernel``, centred at the origin, on periodic images of ``size``."""
     k, l = kernel.shape[-2:]

@@ -445,6 +445,128 @@ def blur_kernels(n: int, size: int, *, seed: Seed = 0, device: str | torch.devic
     return out
 
 
+def random_tilts(
+    n: int,
+    size: int,
+    *,
+    strength: tuple[float, float] = (0.1, 0.4),
+    smoothness: float = 1.0,
+    patches: int = 500,
+    clip: float = 2.5,
+    seed: Seed = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Tilt fields as BlindDPS makes them: the sum of smooth random patches (arXiv 2211.10656, appendix).
+
+    Parameters
+    ----------
+    n : int
+        How many.
+    size : int
+        Height and width.
+    strength : (float, float)
+        Bounds of a patch's standard deviation in pixels, before smoothing.
+    smoothness : float
+        Standard deviation, in pixels, of the Gaussian that smooths a patch's white noise.
+    patches : int
+        How many patches of 64 x 64 pixels there are to 256 x 256 pixels. They may hang over the rim, so that a field
+        is alike everywhere and at every size.
+    clip : float
+        Tilts are cut to [-clip, clip] pixels.
+    seed : int or torch.Generator
+    device : str or torch.device
+
+    Returns
+    -------
+    Tensor, shape (n, 2, size, size)
+        Displacements in pixels, x then y.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive, or the strengths are not in order.
+    """
+    _check_tilt(n, size, smoothness=smoothness, patches=patches, clip=clip, strength=strength[0])
+    if strength[1] < strength[0]:
+        raise ValueError(f"strength: expected (low, high) with low <= high, got {strength}")
+    draw, side = _Draw(seed, device), 64
+    whole = size + 2 * (side - 1)
+    reach = math.ceil(4 * smoothness)
+    taps = torch.exp(-((torch.arange(-reach, reach + 1, device=draw.device) / smoothness) ** 2) / 2)
+    taps = taps / taps.sum()
+    pixels = torch.arange(side, device=draw.device)
+    pixels = pixels[:, None] * whole + pixels
+    field = torch.zeros(2 * n, whole * whole, device=draw.device)
+    for _ in range(round(patches * ((size + side - 1) / 256) ** 2)):
+        noise = draw.normal(2 * n, 1, side + 2 * reach, side + 2 * reach)
+        noise = F.conv2d(F.conv2d(noise, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
+        noise = noise * draw.uniform(2 * n, 1, 1, 1, low=strength[0], high=strength[1])
+        corner = draw.integers(size + side - 1, 2 * n, 2)
+        where = (corner[:, :1] * whole + corner[:, 1:])[..., None] + pixels
+        field.scatter_add_(1, where.flatten(1), noise.flatten(1))
+    field = field.view(n, 2, whole, whole)[..., side - 1 : side - 1 + size, side - 1 : side - 1 + size]
+    return field.clamp(-clip, clip)
+
+
+def kolmogorov_tilts(
+    n: int,
+    size: int,
+    *,
+    d_r0: tuple[float, float] = (0.5, 2.5),
+    apertures: float = 8.0,
+    seed: Seed = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Tilt fields of Kolmogorov turbulence: how the image of each point of the scene wanders.
+
+    A tilt is the slope of the wavefront over the aperture. Its variance along each axis is 0.182 (D / r0)^(5/3) in
+    units of (lambda / D)^2 (Noll, JOSA 66, 1976), and a pixel is taken to be lambda / (2 D), as small as the lens can
+    use. Rays of neighbouring points pass the same air: the field has the spectrum of a slope, f^2 times
+    (f^2 + 1 / L^2)^(-11/6) with an outer scale L of 16 apertures, smoothed by the aperture.
+
+    Parameters
+    ----------
+    n, size, seed, device
+        As of :func:`random_tilts`.
+    d_r0 : (float, float)
+        Bounds of D / r0, the aperture over Fried's parameter; log-uniform.
+    apertures : float
+        Width of the scene at the distance of the air, in apertures: larger means rougher fields.
+
+    Returns
+    -------
+    Tensor, shape (n, 2, size, size)
+        Displacements in pixels, x then y.
+    """
+    _check_tilt(n, size, apertures=apertures, d_r0=d_r0[0])
+    if d_r0[1] < d_r0[0]:
+        raise ValueError(f"d_r0: expected (low, high) with low <= high, got {d_r0}")
+    draw, whole = _Draw(seed, device), 2 * size  # noise made by FFT is periodic: make more and cut
+    step = size / apertures  # pixels in an aperture
+    fy = torch.fft.fftfreq(whole, device=draw.device)[:, None] * step
+    fx = torch.fft.rfftfreq(whole, device=draw.device) * step
+    f = (fx**2 + fy**2).sqrt()
+    x = (math.pi * f).clamp(min=1e-6)
+    amplitude = (f**2 + 1 / 16**2) ** (-11 / 12) * 2 * torch.special.bessel_j1(x) / x
+    slopes = amplitude * torch.stack([fx.expand_as(f), fy.expand_as(f)])
+    twice = torch.full_like(fx, 2.0)
+    twice[0] = twice[-1] = 1  # rfft2 holds one of each pair of conjugates
+    std = (twice * slopes**2).sum((1, 2), keepdim=True).sqrt() / whole
+    # The same air bends a ray along x and along y: one potential, two slopes.
+    potential = torch.fft.rfft2(draw.normal(n, 1, whole, whole))
+    field = torch.fft.irfft2(1j * slopes / std * potential, s=(whole, whole))[..., :size, :size]
+    strength = draw.log_uniform(n, 1, 1, 1, low=d_r0[0], high=d_r0[1])
+    return 2 * math.sqrt(0.182) * strength ** (5 / 6) * field
+
+
+def _check_tilt(n: int, size: int, **positive: float) -> None:
+    if n < 1 or size < 2:
+        raise ValueError(f"n, size: expected at least 1 field of at least 2 pixels, got {n} of {size}")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected positive numbers, got {value}")
+
+
 def _check_kernel(n: int, size: int, interval: tuple[float, float], name: str, limit: float) -> None:
     if n < 1 or size < 3:
         raise ValueError(f"n, size: expected n >= 1 and size >= 3, got {n} and {size}")

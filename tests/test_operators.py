@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 
-from blindlib import Blur
-from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf
+from blindlib import Blur, Turbulence
+from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf, warp
 
 PAD = {"zero": "constant", "reflect": "reflect", "circular": "wrap"}
 
@@ -124,3 +124,58 @@ def test_gradients_flow_to_both(g):
     k = torch.rand(1, 1, 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
     for boundary in BOUNDARIES:
         assert torch.autograd.gradcheck(partial(Blur(boundary)), (x, k))
+
+
+# ------------------------------------------------------------------------------------------------- turbulence
+
+
+def test_turbulence_agrees_with_the_reference(golden):
+    ref = golden("operators.npz")
+    torch.testing.assert_close(warp(ref["image"], ref["tilt"], "zero"), ref["warp"], atol=1e-4, rtol=0)
+    out = Turbulence("zero")(ref["image"], ref["kernel24"].flip(-2, -1), ref["tilt"])
+    torch.testing.assert_close(out, ref["turbulence24"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_no_tilt_changes_nothing_and_a_whole_one_shifts(boundary, g):
+    image = torch.randn(2, 3, 12, 9, generator=g)
+    torch.testing.assert_close(warp(image, torch.zeros(1, 2, 12, 9), boundary), image, atol=1e-5, rtol=0)
+    shifted = warp(image, torch.tensor([2.0, -1.0]).view(1, 2, 1, 1).expand(2, -1, 12, 9), boundary)
+    torch.testing.assert_close(shifted[:, :, 1:, :-2], image[:, :, :-1, 2:], atol=1e-5, rtol=0)
+    if boundary == "circular":
+        torch.testing.assert_close(shifted, image.roll((1, -2), (2, 3)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_turbulence_is_differentiable_in_all_and_changes_no_input(boundary, g):
+    image = torch.randn(1, 1, 9, 8, generator=g, dtype=torch.float64)
+    kernel = torch.rand(1, 1, 3, 3, generator=g, dtype=torch.float64)
+    # Away from whole pixels, where bilinear interpolation has a kink.
+    tilt = torch.rand(1, 2, 9, 8, generator=g, dtype=torch.float64) * 0.8 + 0.1
+    before = [x.clone() for x in (image, kernel, tilt)]
+    inputs = [x.requires_grad_(True) for x in (image, kernel, tilt)]
+    assert torch.autograd.gradcheck(Turbulence(boundary), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_turbulence_makes_a_larger_scene_for_the_valid_boundary():
+    assert Turbulence("valid").sizes((20, 24), (5, 5)) == {"image": (24, 28), "tilt": (24, 28)}
+
+
+@pytest.mark.parametrize(
+    "image, tilt, boundary, message",
+    [
+        (torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 8, 9), "zero", r"tilt: expected shape \(1 or 1, 2, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3, 2, 8, 8), "zero", "tilt: expected shape"),
+        (torch.zeros(3, 8, 8), torch.zeros(1, 2, 8, 8), "zero", "image: expected 4 dimensions"),
+        (torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 8, 8), "mirror", "boundary: expected one of"),
+    ],
+)
+def test_bad_tilts(image, tilt, boundary, message):
+    with pytest.raises(ValueError, match=message):
+        warp(image, tilt, boundary)
+
+
+def test_a_tilt_of_integers_is_refused():
+    with pytest.raises(TypeError, match="tilt: expected a floating-point tensor"):
+        warp(torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.long))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blindlib import DPS, Blur, DiffPIR, DiffusionPrior, UNet, UniformPrior, motion_kernels, sample
+from blindlib import DPS, Blur, DiffPIR, DiffusionPrior, Turbulence, UNet, UniformPrior, motion_kernels, sample
 from blindlib.operators import otf
 from blindlib.priors import GaussianPrior, kernel_to_physical
 
@@ -145,6 +145,29 @@ def test_one_step_agrees_with_the_released_code(golden, t):
     sparse, _, _ = DPS.released(sparsity={"kernel": 1.0})(x, t, t - 1, ref["y"], correlate, priors, noise)
     assert t == 999 or (sparse["kernel"] - new["kernel"]).abs().max() > 0.01
     close(sparse["image"], new["image"])
+
+
+@pytest.mark.parametrize("t", [999, 500, 20, 0])
+def test_one_step_through_turbulence_agrees_with_the_released_code(golden, t):
+    ref = golden("turbulence_step.npz")
+    names = {"image": "img", "kernel": "kernel", "tilt": "tilt"}
+    priors = {
+        name: DiffusionPrior(
+            UNet.from_state_dict(load_file(golden(f"unet_{name}.safetensors")), head_channels=32), name
+        )
+        for name in names
+    }
+
+    def operator(image, kernel, tilt):
+        return Turbulence("zero")(image, kernel.flip(-2, -1), tilt)  # the reference correlates
+
+    x = {name: ref[f"t{t}_{short}"] for name, short in names.items()}
+    noise = {name: ref[f"t{t}_{short}_noise"] for name, short in names.items()}
+    new, x0, norm = DPS.released()(x, t, t - 1, ref["y"], operator, priors, noise)
+    for name, short in names.items():
+        torch.testing.assert_close(new[name], ref[f"t{t}_{short}_next"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(priors[name].physical(x0[name]), ref[f"t{t}_{short}_x0"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(norm[0], ref[f"t{t}_norm"], atol=1e-3, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------- mechanics

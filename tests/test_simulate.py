@@ -9,9 +9,11 @@ from blindlib import (
     dead_leaves,
     defocus_kernels,
     gaussian_kernels,
+    kolmogorov_tilts,
     linear_kernels,
     mnc,
     motion_kernels,
+    random_tilts,
 )
 
 MAKERS = [motion_kernels, linear_kernels, gaussian_kernels, defocus_kernels, blur_kernels]
@@ -28,7 +30,7 @@ def test_kernels_are_kernels(make, n, size, seed):
     assert (k.sum(2).squeeze(1) @ axis).abs().max() < 0.2 and (k.sum(3).squeeze(1) @ axis).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("make", [*MAKERS, dead_leaves])
+@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, random_tilts, kolmogorov_tilts])
 def test_seeds(make):
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -108,3 +110,46 @@ def test_bad_input():
         gaussian_kernels(1, 2)
     with pytest.raises(TypeError, match="seed: expected an int or a torch.Generator, got str"):
         motion_kernels(1, 16, seed="a")
+
+
+def test_kolmogorov_tilts_have_nolls_variance_and_bend_no_ray_sideways():
+    """0.182 (D / r0)^(5/3) for each axis, in units of two pixels squared; the slopes of one potential have no curl."""
+    tilt = kolmogorov_tilts(300, 64, d_r0=(2.0, 2.0), apertures=16, seed=0)
+    expected = 4 * 0.182 * 2 ** (5 / 3)
+    for component in tilt.unbind(1):
+        assert component.square().mean().item() == pytest.approx(expected, rel=0.1)
+    inner = tilt.double()
+    curl = torch.gradient(inner[:, 1], dim=2)[0] - torch.gradient(inner[:, 0], dim=1)[0]
+    divergence = torch.gradient(inner[:, 0], dim=2)[0] + torch.gradient(inner[:, 1], dim=1)[0]
+    assert curl.square().mean() < 0.01 * divergence.square().mean()
+
+
+def test_stronger_turbulence_and_a_wider_scene():
+    weak, strong = (kolmogorov_tilts(8, 32, d_r0=(d, d), seed=1) for d in (1.0, 2.0))
+    torch.testing.assert_close(strong, weak * 2 ** (5 / 6))
+    smooth, rough = (kolmogorov_tilts(50, 32, apertures=a, seed=1).diff(dim=3).square().mean() for a in (2, 16))
+    assert rough > 4 * smooth
+
+
+def test_random_tilts_are_clipped_and_as_strong_at_every_size():
+    small, large = (random_tilts(4, size, strength=(0.5, 1.0), seed=2) for size in (64, 160))
+    assert large.shape == (4, 2, 160, 160) and large.abs().max() <= 2.5
+    assert large.std() == pytest.approx(small.std().item(), rel=0.15)
+    assert large[..., :20].std() == pytest.approx(large.std().item(), rel=0.15)
+    assert random_tilts(1, 64, strength=(5.0, 5.0), clip=1.5, seed=0).abs().max() == 1.5
+
+
+@pytest.mark.parametrize(
+    "make, change, message",
+    [
+        (random_tilts, dict(strength=(0.4, 0.1)), "strength: expected"),
+        (random_tilts, dict(smoothness=0), "smoothness: expected positive"),
+        (random_tilts, dict(patches=0), "patches: expected positive"),
+        (kolmogorov_tilts, dict(d_r0=(2.0, 1.0)), "d_r0: expected"),
+        (kolmogorov_tilts, dict(apertures=-1), "apertures: expected positive"),
+        (kolmogorov_tilts, dict(size=1), "n, size: expected"),
+    ],
+)
+def test_bad_tilts(make, change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"n": 1, "size": 16, **change})
