@@ -29,6 +29,7 @@ LARGEST = 10.0
 
 # Of DPS, for 1000 steps; `DPS.respaced` adapts them to fewer.
 STEP_SIZE = {"image": 2.0, "kernel": 2.0, "tilt": 1.0}
+LEAD = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class DPS:
         Latents that follow the residual's finite differences instead of its pixels. The spectrum of images falls as
         1/f, so pixels tell a kernel's low frequencies loudly and its fine ones hardly; differences tell all alike
         (which is why blind deconvolution has long worked on them: Levin et al., CVPR 2009).
+    lead : mapping of latent name to float
+        How many times less noise a latent has than the others at any time, so that it settles before them. All the
+        pixels of an image speak for the few of its kernel: with equal noise the image takes shape first, with a kernel
+        that is still a blot (noise has to be scaled with the number of pixels: arXiv 2301.11093, section 3.1).
     sparsity : mapping of latent name to float
         Weight lambda of the l1 norm of a latent, scaled to [0, 1]: for a kernel that is the kernel with peak 1,
         *before* it is divided by its sum (afterwards its l1 norm is 1, whatever the kernel, and has no gradient).
@@ -60,17 +65,18 @@ class DPS:
     growing: bool = True
     settling: Collection[str] = ("kernel",)
     edges: Collection[str] = ("kernel",)
+    lead: Mapping[str, float] = field(default_factory=lambda: {"kernel": LEAD})
     sparsity: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def paper(cls, **changes: object) -> DPS:
         """The paper's choice: a constant step size of 0.3 for every latent."""
-        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), **changes})
+        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), "lead": {}, **changes})
 
     @classmethod
     def released(cls, **changes: object) -> DPS:
         """The released code's choice: sqrt(alpha_bar_t) for every latent."""
-        return cls(**{"step_size": 1.0, "settling": (), "edges": (), **changes})
+        return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
 
     def respaced(self, steps: int) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000: step sizes grow by 1000 / steps, at most tenfold.
@@ -97,7 +103,8 @@ class DPS:
         """
         x = {name: value.detach().requires_grad_(True) for name, value in x.items()}
         with torch.enable_grad():
-            estimates = {name: priors[name].estimate(x[name], t) for name in x}
+            times = {name: (self.time(name, t, priors[name]), self.time(name, t_prev, priors[name])) for name in x}
+            estimates = {name: priors[name].estimate(x[name], times[name][0]) for name in x}
             x0 = {name: mean for name, (mean, _) in estimates.items()}
             physical = {name: priors[name].physical(mean) for name, mean in x0.items()}
 
@@ -116,9 +123,16 @@ class DPS:
         new = {}
         with torch.no_grad():
             for name, (mean, extra) in estimates.items():
-                new[name] = priors[name].step(x[name], mean, t, t_prev, noise[name], extra)
-                new[name] -= self.scale(name, t, priors[name]) * gradient[name]
+                now, then = times[name]
+                # Times are whole numbers: two of the run's can be one of a latent that leads.
+                new[name] = priors[name].step(x[name], mean, now, then, noise[name], extra) if then < now else x[name]
+                new[name] = new[name] - self.scale(name, t, priors[name]) * gradient[name]
         return new, {name: mean.detach() for name, mean in x0.items()}, norm.detach()
+
+    def time(self, name: str, t: int, prior: Prior) -> int:
+        """Time of latent ``name`` in its own diffusion when the run is at ``t``."""
+        lead = self.lead.get(name, 1.0)
+        return t if lead == 1 or t < 0 else prior.schedule.time(prior.schedule.sigma(t) / lead)
 
     def scale(self, name: str, t: int, prior: Prior) -> float:
         """Step size of latent ``name`` at time ``t``."""

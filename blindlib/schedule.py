@@ -84,7 +84,11 @@ class NoiseSchedule:
     def sigma(self, t: int) -> float:
         """Noise-to-signal ratio sqrt((1 - alpha_bar) / alpha_bar): the noise level once x_t is scaled back to x_0."""
         a = self.alpha_bar(t)
-        return math.sqrt((1 - a) / a)
+        return math.sqrt(1 / a - 1)
+
+    def time(self, sigma: float) -> int:
+        """The time whose :meth:`sigma` lies nearest."""
+        return int(((1 / self.alpha_bars - 1).sqrt() - sigma).abs().argmin())
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of ``x0`` (B, ...) at the times ``t`` (B,) with standard normal ``noise`` (DDPM eq. 4)."""

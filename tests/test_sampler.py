@@ -253,6 +253,25 @@ def test_sparsity_makes_the_kernel_smaller_before_it_is_normalised(small_priors,
     assert mass(0.3) < mass(0.0)
 
 
+def test_a_latent_that_leads_has_less_noise(small_priors, y):
+    """The prior is asked at the time whose noise is so many times smaller; both reach the end."""
+    asked = []
+
+    class Watched(DiffusionPrior):
+        def estimate(self, x_t, t):
+            asked.append(t)
+            return super().estimate(x_t, t)
+
+    watched = Watched(small_priors["kernel"].net, "kernel", prediction="v", size=8)
+    priors = {"image": small_priors["image"], "kernel": watched}
+    run = sample(y, Blur(), priors, steps=100, guidance=DPS.released(lead={"kernel": 3.0}), history=100)
+    schedule = watched.schedule
+    ratio = [schedule.sigma(int(t)) / schedule.sigma(s) for t, s in zip(run.history["t"], asked, strict=True)]
+    assert ratio[:-3] == pytest.approx([3.0] * 97, rel=0.05) and asked[-1] == 0
+    plain, one = (sample(y, Blur(), priors, steps=5, guidance=DPS.released(lead=l)) for l in ({}, {"kernel": 1.0}))
+    assert torch.equal(plain.image, one.image) and not torch.equal(run.kernel, plain.kernel)
+
+
 def test_step_size_for_each_latent(small_priors, y):
     frozen = sample(y[:1], Blur(), small_priors, steps=5, guidance=DPS(step_size={"image": 1.0, "kernel": 0.0}))
     free = sample(y[:1], Blur(), small_priors, steps=5, guidance=DPS(step_size={"image": 1.0, "kernel": 1.0}))

@@ -77,3 +77,9 @@ def test_bad_betas_and_spacing():
         NoiseSchedule(torch.tensor([0.1, 1.5]))
     with pytest.raises(ValueError, match="spacing"):
         NoiseSchedule.linear().timesteps(10, "quadratic")
+
+
+def test_time_undoes_sigma():
+    schedule = NoiseSchedule.linear()
+    assert [schedule.time(schedule.sigma(t)) for t in (0, 17, 500, 999)] == [0, 17, 500, 999]
+    assert schedule.time(0.0) == 0 and schedule.time(1e9) == 999
