@@ -3,7 +3,7 @@
 from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.metrics import mnc, psnr
-from blindlib.operators import Blur, Turbulence
+from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import DiffusionPrior, UniformPrior, load_prior
 from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
@@ -27,10 +27,12 @@ __all__ = [
     "Deblurred",
     "DiffPIR",
     "DiffusionPrior",
+    "Downsample",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",
     "Result",
+    "SpaceVaryingBlur",
     "Turbulence",
     "UNet",
     "UniformPrior",

@@ -6,6 +6,8 @@ A blur is true convolution with the kernel's centre at pixel ``K // 2``, written
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,10 +78,7 @@ class Blur:
     def adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
         """A^T y for the blur with ``kernel``: ``y`` (B, C, h, w) as it comes out, result as the image goes in."""
         size = self.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-        with torch.enable_grad():
-            # The adjoint of a linear map is the transpose of its (constant) Jacobian.
-            image = torch.zeros(*y.shape[:2], *size, dtype=y.dtype, device=y.device, requires_grad=True)
-            return torch.autograd.grad(self(image, kernel.detach()), image, y)[0]
+        return _transposed(lambda x: self(x, kernel.detach()), y, size)
 
     def solve(
         self, y: Tensor, kernel: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12
@@ -104,19 +103,111 @@ class Blur:
             top = h.conj() * torch.fft.rfft2(y) + weight * torch.fft.rfft2(image)
             return torch.fft.irfft2(top / (h.abs() ** 2 + weight), s=y.shape[-2:])
 
-        def normal(x: Tensor) -> Tensor:
-            return self.adjoint(self(x, kernel), kernel) + weight * x
+        return _proximal(lambda x: self(x, kernel), y, image, weight, iterations)
 
-        x = image
-        r = self.adjoint(y - self(x, kernel), kernel)
-        p, rr = r, _dot(r, r)
-        for _ in range(iterations):
-            q = normal(p)
-            step = rr / _dot(p, q).clamp(min=1e-20)
-            x, r = x + step * p, r - step * q
-            rr, previous = _dot(r, r), rr
-            p = r + rr / previous.clamp(min=1e-20) * p
-        return x
+
+class SpaceVaryingBlur:
+    """Blur by a kernel that changes over the field: a grid of PSFs, bilinearly interpolated between their centres.
+
+    Parameters
+    ----------
+    boundary : {"circular", "zero", "reflect", "valid"}
+        As of :class:`Blur`.
+    weights_at : {"sensor", "scene"}
+        Where a PSF's share is looked up. ``"sensor"``: at the pixel that receives, ``sum_i w_i (h_i * x)``;
+        ``"scene"``: at the point that sends, ``sum_i h_i * (w_i x)``, as light does it. They differ where PSFs change
+        over a PSF's width, and libraries differ in their choice.
+
+    Raises
+    ------
+    ValueError
+        If a choice is none of these.
+    """
+
+    def __init__(self, boundary: str = "valid", *, weights_at: str = "sensor") -> None:
+        if weights_at not in ("sensor", "scene"):
+            raise ValueError(f"weights_at: expected 'sensor' or 'scene', got {weights_at!r}")
+        self.blur, self.weights_at = Blur(boundary), weights_at
+
+    def __repr__(self) -> str:
+        return f"SpaceVaryingBlur(boundary={self.blur.boundary!r}, weights_at={self.weights_at!r})"
+
+    def __call__(self, image: Tensor, psfs: Tensor) -> Tensor:
+        """Blur ``image`` (B, C, H, W) with ``psfs`` (B or 1, rows, columns, C or 1, K, L).
+
+        The PSFs are those in the middle of equal cells of the field; beyond the outermost they stay as they are there.
+        The result's shape and the errors are those of :class:`Blur`. Differentiable in both.
+        """
+        if not isinstance(psfs, Tensor) or psfs.ndim != 6:
+            shape = tuple(psfs.shape) if isinstance(psfs, Tensor) else type(psfs).__name__
+            raise ValueError(f"psfs: expected shape (B or 1, rows, columns, C or 1, K, L), got {shape}")
+        rows, columns = psfs.shape[1:3]
+        out: Tensor | float = 0.0
+        for i in range(rows):
+            for j in range(columns):
+                psf = psfs[:, i, j]
+                if self.weights_at == "scene":
+                    out = out + self.blur(_share((i, j), (rows, columns), image) * image, psf)
+                else:
+                    y = self.blur(image, psf)
+                    out = out + _share((i, j), (rows, columns), y) * y
+        return out
+
+    def sizes(self, measured: tuple[int, int], psfs: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
+        """The sizes of latents that follow from those of the measurement and of the other latents."""
+        return self.blur.sizes(measured, psfs)
+
+    def adjoint(self, y: Tensor, psfs: Tensor) -> Tensor:
+        """A^T y; shapes as of :meth:`Blur.adjoint`."""
+        size = self.sizes(tuple(y.shape[-2:]), tuple(psfs.shape[-2:]))["image"]
+        return _transposed(lambda x: self(x, psfs.detach()), y, size)
+
+    def solve(self, y: Tensor, psfs: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12) -> Tensor:
+        """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
+        return _proximal(lambda x: self(x, psfs), y, image, weight, iterations)
+
+
+class Downsample:
+    """Blur, then every ``factor``-th pixel: what a sensor of lower resolution sees.
+
+    Parameters
+    ----------
+    factor : int
+    boundary : {"circular", "zero", "reflect", "valid"}
+        As of :class:`Blur`.
+
+    Raises
+    ------
+    ValueError
+        If the factor is no positive integer, or the boundary unknown.
+    """
+
+    def __init__(self, factor: int, boundary: str = "valid") -> None:
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor: expected a positive integer, got {factor!r}")
+        self.factor, self.blur = factor, Blur(boundary)
+
+    def __repr__(self) -> str:
+        return f"Downsample({self.factor}, boundary={self.blur.boundary!r})"
+
+    def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
+        """Blur ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1 or C, K, L), and thin; errors as of :class:`Blur`."""
+        return self.blur(image, kernel)[..., :: self.factor, :: self.factor]
+
+    def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
+        """The sizes of latents that follow from those of the measurement and of the other latents."""
+        return self.blur.sizes((self.factor * measured[0], self.factor * measured[1]), kernel)
+
+    def adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
+        """A^T y; shapes as of :meth:`Blur.adjoint`."""
+        size = self.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
+        return _transposed(lambda x: self(x, kernel.detach()), y, size)
+
+    def solve(
+        self, y: Tensor, kernel: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12
+    ) -> Tensor:
+        """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
+        return _proximal(lambda x: self(x, kernel), y, image, weight, iterations)
 
 
 class Turbulence:
@@ -227,6 +318,42 @@ def _fast_length(n: int) -> int:
         if m == 1:
             return n
         n += 1
+
+
+def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, size: tuple[int, int]) -> Tensor:
+    """A^T y of the linear map ``forward`` from images of ``size``: the transpose of its (constant) Jacobian."""
+    with torch.enable_grad():
+        image = torch.zeros(*y.shape[:2], *size, dtype=y.dtype, device=y.device, requires_grad=True)
+        return torch.autograd.grad(forward(image), image, y)[0]
+
+
+def _proximal(
+    forward: Callable[[Tensor], Tensor], y: Tensor, image: Tensor, weight: Tensor | float, iterations: int
+) -> Tensor:
+    """``argmin_x |y - A x|^2 + weight |x - image|^2`` by conjugate gradients, started at ``image``."""
+
+    def transposed(r: Tensor) -> Tensor:
+        return _transposed(forward, r, tuple(image.shape[-2:]))
+
+    x = image
+    r = transposed(y - forward(x))
+    p, rr = r, _dot(r, r)
+    for _ in range(iterations):
+        q = transposed(forward(p)) + weight * p
+        step = rr / _dot(p, q).clamp(min=1e-20)
+        x, r = x + step * p, r - step * q
+        rr, previous = _dot(r, r), rr
+        p = r + rr / previous.clamp(min=1e-20) * p
+    return x
+
+
+def _share(cell: tuple[int, int], cells: tuple[int, int], image: Tensor) -> Tensor:
+    """Bilinear weight (H, W) of one of ``cells``: 1 at its middle, 0 at the middle of its neighbours."""
+    weights = []
+    for i, n, length in zip(cell, cells, image.shape[-2:], strict=True):
+        at = (torch.arange(length, device=image.device, dtype=image.dtype) + 0.5) * n / length - 0.5
+        weights.append((1 - (at.clamp(0, n - 1) - i).abs()).clamp(min=0))
+    return weights[0][:, None] * weights[1]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 
-from blindlib import Blur, Turbulence
+from blindlib import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf, warp
 
 PAD = {"zero": "constant", "reflect": "reflect", "circular": "wrap"}
@@ -179,3 +179,76 @@ def test_bad_tilts(image, tilt, boundary, message):
 def test_a_tilt_of_integers_is_refused():
     with pytest.raises(TypeError, match="tilt: expected a floating-point tensor"):
         warp(torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.long))
+
+
+# ------------------------------------------------------------------- space-varying blur and lower resolution
+
+VARYING = [SpaceVaryingBlur(b, weights_at=w) for b in BOUNDARIES for w in ("sensor", "scene")]
+
+
+def grid_of_psfs(*shape, g):
+    psfs = torch.rand(*shape, generator=g, dtype=torch.float64)
+    return psfs / psfs.sum((-2, -1), keepdim=True)
+
+
+@pytest.mark.parametrize("operator", VARYING, ids=repr)
+def test_one_psf_everywhere_is_a_plain_blur(operator, g):
+    image, psf = torch.randn(2, 3, 20, 17, generator=g).double(), grid_of_psfs(1, 1, 1, 3, 5, 4, g=g)
+    plain = operator.blur(image, psf[:, 0, 0])
+    torch.testing.assert_close(operator(image, psf.expand(-1, 3, 2, -1, -1, -1)), plain)
+
+
+@pytest.mark.parametrize("weights_at", ["sensor", "scene"])
+def test_psfs_are_looked_up_where_they_should_be(weights_at, g):
+    """Against one PSF for each pixel, interpolated and laid out as a dense matrix."""
+    h = w = 9
+    psfs = grid_of_psfs(1, 3, 3, 1, 3, 3, g=g)
+    at = ((torch.arange(9) + 0.5) * 3 / 9 - 0.5).clamp(0, 2).double()
+    low = at.floor().clamp(max=1).long()
+    part = at - low
+    matrix = torch.zeros(h * w, h * w, dtype=torch.float64)
+    for row in range(h):
+        for column in range(w):
+            psf = sum(
+                (part[row] if i else 1 - part[row]) * (part[column] if j else 1 - part[column])
+                * psfs[0, low[row] + i, low[column] + j, 0]
+                for i in (0, 1) for j in (0, 1)
+            )  # fmt: skip
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    # The pixel sends psf[d] to its neighbour at +d; or it receives psf[d] from that at -d.
+                    there = ((row + dy) % h * w + (column + dx) % w, row * w + column)
+                    here = (row * w + column, (row - dy) % h * w + (column - dx) % w)
+                    matrix[there if weights_at == "scene" else here] += psf[1 + dy, 1 + dx]
+    image = torch.randn(1, 1, h, w, generator=g).double()
+    ours = SpaceVaryingBlur("circular", weights_at=weights_at)(image, psfs)
+    torch.testing.assert_close(ours.flatten(), matrix @ image.flatten())
+
+
+@pytest.mark.parametrize("operator", [*VARYING, *[Downsample(2, b) for b in BOUNDARIES], Downsample(3)], ids=repr)
+def test_adjoint_and_proximal_map(operator, g):
+    varying = isinstance(operator, SpaceVaryingBlur)
+    kernel = grid_of_psfs(1, 2, 3, 1, 4, 3, g=g) if varying else grid_of_psfs(1, 1, 4, 3, g=g)
+    y = torch.randn(2, 3, 8, 10, generator=g).double()
+    size = operator.sizes((8, 10), (4, 3))["image"]
+    x = torch.randn(2, 3, *size, generator=g).double()
+    assert operator(x, kernel).shape == y.shape
+    torch.testing.assert_close((operator(x, kernel) * y).sum(), (x * operator.adjoint(y, kernel)).sum())
+    # At the minimum of |y - A z|^2 + 0.1 |z - x|^2 the gradient vanishes.
+    z = operator.solve(y, kernel, x, 0.1, iterations=60)
+    gradient = operator.adjoint(operator(z, kernel) - y, kernel) + 0.1 * (z - x)
+    assert gradient.abs().max() < 1e-5
+
+
+def test_downsampling_takes_every_other_pixel(g):
+    image, kernel = torch.randn(1, 3, 12, 10, generator=g), torch.rand(1, 1, 5, 5, generator=g)
+    assert torch.equal(Downsample(2, "zero")(image, kernel), Blur("zero")(image, kernel)[..., ::2, ::2])
+
+
+def test_bad_choices():
+    with pytest.raises(ValueError, match="weights_at: expected"):
+        SpaceVaryingBlur(weights_at="lens")
+    with pytest.raises(ValueError, match="factor: expected a positive integer"):
+        Downsample(0)
+    with pytest.raises(ValueError, match="psfs: expected shape"):
+        SpaceVaryingBlur()(torch.zeros(1, 3, 9, 9), torch.zeros(1, 1, 3, 3))

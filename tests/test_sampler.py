@@ -5,7 +5,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blindlib import DPS, Blur, DiffPIR, DiffusionPrior, Turbulence, UNet, UniformPrior, motion_kernels, sample
+from blindlib import (
+    DPS,
+    Blur,
+    DiffPIR,
+    DiffusionPrior,
+    Downsample,
+    PiGDM,
+    SpaceVaryingBlur,
+    Turbulence,
+    UNet,
+    UniformPrior,
+    motion_kernels,
+    sample,
+)
 from blindlib.operators import otf
 from blindlib.priors import GaussianPrior, kernel_to_physical
 
@@ -217,6 +230,20 @@ def test_non_blind_is_blind_with_a_latent_fixed(small_priors, y):
 def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
     run = sample(torch.zeros(1, 3, 9, 17), Blur("valid"), small_priors, steps=3)
     assert run.image.shape == (1, 3, 16, 24)
+
+
+@pytest.mark.parametrize("guidance", [DPS.released(), DiffPIR(noise_std=0.1), PiGDM(noise_std=0.1)])
+@pytest.mark.parametrize(
+    "operator, scene",
+    [
+        (partial(SpaceVaryingBlur(), psfs=torch.full((1, 2, 2, 1, 9, 9), 1 / 81)), 24),
+        (partial(Downsample(2, "zero"), kernel=torch.full((1, 1, 3, 3), 1 / 9)), 32),
+    ],
+    ids=["space-varying", "downsampled"],
+)
+def test_other_operators_with_every_guidance(small_priors, y, operator, scene, guidance):
+    run = sample(y, operator, {"image": small_priors["image"]}, steps=3, samples=2, guidance=guidance)
+    assert run.image.shape == (6, 3, scene, scene) and torch.isfinite(run.image).all()
 
 
 def test_history_is_thinned_and_calls_back(small_priors, y):
