@@ -45,7 +45,7 @@ class L2:
 
 @dataclass(frozen=True)
 class PlugAndPlay:
-    """A denoiser in the place of the proximal map, at the noise level that belongs to it (section 3.3).
+    """A denoiser in the place of the proximal map, at the noise level that belongs to it, sqrt(weight / beta).
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def fit_kernel(
     beta: float = 1e5,
     iterations: int = 10,
 ) -> Tensor:
-    """The M-step: the kernel for which samples of the image explain ``y`` best (arXiv 2309.00287, eq. 14 to 18).
+    """The M-step: the kernel for which samples of the image explain ``y`` best (arXiv 2309.00287).
 
     Minimises the mean over the samples of ``|y - k * x|^2 / (2 noise_std^2)`` plus the regulariser, by half-quadratic
     splitting: alternately a least-squares solve in Fourier space, for each colour channel and then averaged, and the
@@ -190,7 +190,7 @@ class _KernelEstimate:
 
 @dataclass(frozen=True)
 class EM:
-    """A guidance that takes a step of the image with the current kernel, then an M-step (algorithm 2).
+    """A guidance that takes a step of the image with the current kernel, then an M-step (FastEM).
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def fast_em(
     fit_below: int = 1000,
     **options: object,
 ) -> Result:
-    """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287, algorithm 2).
+    """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287).
 
     Parameters
     ----------
@@ -300,7 +300,7 @@ def diffusion_em(
     kernel0: Tensor | None = None,
     **options: object,
 ) -> Result:
-    """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287, algorithm 1).
+    """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287).
 
     Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
     last round's.

@@ -211,7 +211,7 @@ class Downsample:
 
 
 class Turbulence:
-    """Imaging through turbulent air: the scene is warped by a tilt field, then blurred (arXiv 2211.10656, eq. 20).
+    """Imaging through turbulent air: the scene is warped by a tilt field, then blurred (arXiv 2211.10656).
 
     Parameters
     ----------

@@ -79,11 +79,11 @@ class DPS:
         return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
 
     def respaced(self, steps: int) -> DPS:
-        """The same guidance for ``steps`` steps instead of 1000: step sizes grow by 1000 / steps, at most tenfold.
+        """The same guidance for ``steps`` steps instead of 1000: step sizes grow by 1000 / steps, at most fivefold.
 
         Fewer steps are to cover the same way; with longer ones than that the first would overshoot.
         """
-        gain, size = min(1000 / steps, 10), self.step_size
+        gain, size = min(1000 / steps, 5), self.step_size
         size = {name: gain * s for name, s in size.items()} if isinstance(size, Mapping) else gain * size
         return replace(self, step_size=size)
 

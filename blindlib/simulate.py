@@ -456,7 +456,7 @@ def random_tilts(
     seed: Seed = 0,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Tilt fields as BlindDPS makes them: the sum of smooth random patches (arXiv 2211.10656, appendix).
+    """Tilt fields as BlindDPS makes them: the sum of smooth random patches (arXiv 2211.10656).
 
     Parameters
     ----------

@@ -52,15 +52,16 @@ def main() -> None:
     y = Blur()(x, k) + NOISE_STD * noise
     known = partial(Blur(), kernel=k)
     proximal = DiffPIR(noise_std=NOISE_STD)
+    ours, released = DPS().respaced(a.steps), DPS.released().respaced(a.steps)
 
     def methods() -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Each method's name, images and kernels, computed when they are asked for."""
         yield "blurred", y, None
         yield "kernel known, DiffPIR", sample(y, known, image_only, steps=100, guidance=proximal).image, None
-        yield "kernel known, DPS", sample(y, known, image_only, steps=a.steps).image, None
-        run = sample(y, Blur(), priors, steps=a.steps, guidance=DPS.released(), progress=True)
+        yield "kernel known, DPS", sample(y, known, image_only, steps=a.steps, guidance=ours).image, None
+        run = sample(y, Blur(), priors, steps=a.steps, guidance=released, progress=True)
         yield "BlindDPS as released", run.image, run.kernel
-        run = sample(y, Blur(), priors, steps=a.steps, progress=True)
+        run = sample(y, Blur(), priors, steps=a.steps, guidance=ours, progress=True)
         yield "BlindDPS", run.image, run.kernel
         found = partial(Blur(), kernel=run.kernel)
         yield "and then DiffPIR", sample(y, found, image_only, steps=100, guidance=proximal).image, run.kernel
