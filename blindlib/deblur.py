@@ -142,7 +142,7 @@ def deblur(
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
-        guidance = DPS().respaced(steps)
+        guidance = DPS().respaced(steps, (part.shape[-2] * part.shape[-1]) ** 0.5)
         run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, guidance=guidance, progress=progress)
         kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
     else:

@@ -78,13 +78,18 @@ class DPS:
         """The released code's choice: sqrt(alpha_bar_t) for every latent."""
         return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
 
-    def respaced(self, steps: int) -> DPS:
-        """The same guidance for ``steps`` steps instead of 1000: step sizes grow by 1000 / steps, at most fivefold.
+    def respaced(self, steps: int, side: float = 64) -> DPS:
+        """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
 
-        Fewer steps are to cover the same way; with longer ones than that the first would overshoot.
+        Step sizes grow by 1000 / steps, at most fivefold: fewer steps are to cover the same way, but with longer ones
+        the first would overshoot. The image's grows with the side, the others' shrink: the gradient of a norm over N
+        pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share.
         """
         gain, size = min(1000 / steps, 5), self.step_size
-        size = {name: gain * s for name, s in size.items()} if isinstance(size, Mapping) else gain * size
+        if isinstance(size, Mapping):
+            size = {name: gain * s * (side / 64 if name == "image" else 64 / side) for name, s in size.items()}
+        else:
+            size = gain * size
         return replace(self, step_size=size)
 
     def __call__(
