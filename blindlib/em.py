@@ -68,11 +68,10 @@ def prior_denoiser(prior: Prior) -> Callable[[Tensor, float], Tensor]:
     A kernel is scaled to peak 1 for its diffusion, and its noise with it: the time is the one with that noise level,
     for each kernel its own.
     """
-    sigmas = torch.tensor([prior.schedule.sigma(t) for t in range(len(prior.schedule))])
 
     @torch.no_grad()
     def one(kernel: Tensor, std: float) -> Tensor:
-        t = int((sigmas - 2 * std / float(kernel.max())).abs().argmin())
+        t = prior.schedule.time(2 * std / float(kernel.max()))
         return prior.physical(prior.denoise(prior.schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel), t))
 
     return lambda kernel, std: torch.cat([one(k[None], std) for k in kernel])
@@ -90,7 +89,7 @@ def fit_kernel(
 ) -> Tensor:
     """The M-step: the kernel for which samples of the image explain ``y`` best (arXiv 2309.00287).
 
-    Minimises the mean over the samples of ``|y - k * x|^2 / (2 noise_std^2)`` plus the regulariser, by half-quadratic
+    Minimises the sum over the samples of ``|y - k * x|^2 / (2 noise_std^2)`` plus the regulariser, by half-quadratic
     splitting: alternately a least-squares solve in Fourier space, for each colour channel and then averaged, and the
     regulariser's proximal map, after each of which negative values are cut and the sum is made one.
 

@@ -77,8 +77,7 @@ class Blur:
 
     def adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
         """A^T y for the blur with ``kernel``: ``y`` (B, C, h, w) as it comes out, result as the image goes in."""
-        size = self.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-        return _transposed(lambda x: self(x, kernel.detach()), y, size)
+        return _adjoint(self, y, kernel)
 
     def solve(
         self, y: Tensor, kernel: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12
@@ -159,8 +158,7 @@ class SpaceVaryingBlur:
 
     def adjoint(self, y: Tensor, psfs: Tensor) -> Tensor:
         """A^T y; shapes as of :meth:`Blur.adjoint`."""
-        size = self.sizes(tuple(y.shape[-2:]), tuple(psfs.shape[-2:]))["image"]
-        return _transposed(lambda x: self(x, psfs.detach()), y, size)
+        return _adjoint(self, y, psfs)
 
     def solve(self, y: Tensor, psfs: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12) -> Tensor:
         """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
@@ -200,8 +198,7 @@ class Downsample:
 
     def adjoint(self, y: Tensor, kernel: Tensor) -> Tensor:
         """A^T y; shapes as of :meth:`Blur.adjoint`."""
-        size = self.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-        return _transposed(lambda x: self(x, kernel.detach()), y, size)
+        return _adjoint(self, y, kernel)
 
     def solve(
         self, y: Tensor, kernel: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12
@@ -256,17 +253,10 @@ def warp(image: Tensor, tilt: Tensor, boundary: str = "circular") -> Tensor:
     ValueError
         If shapes, devices or the boundary do not fit.
     """
-    for name, x in (("image", image), ("tilt", tilt)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-    if image.ndim != 4:
-        raise ValueError(f"image: expected 4 dimensions (B, C, H, W), got shape {tuple(image.shape)}")
+    _check_floats(image=image, tilt=tilt)
     b, _, h, w = image.shape
-    if tilt.ndim != 4 or tilt.shape[0] not in (1, b) or tilt.shape[1:] != (2, h, w):
+    if tilt.shape[0] not in (1, b) or tilt.shape[1:] != (2, h, w):
         raise ValueError(f"tilt: expected shape ({b} or 1, 2, {h}, {w}), got {tuple(tilt.shape)}")
-    if image.device != tilt.device:
-        raise ValueError(f"tilt: is on {tilt.device}, the image on {image.device}; move one with .to(device)")
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
 
@@ -320,6 +310,11 @@ def _fast_length(n: int) -> int:
         n += 1
 
 
+def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: Tensor) -> Tensor:
+    size = operator.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
+    return _transposed(lambda x: operator(x, kernel.detach()), y, size)
+
+
 def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, size: tuple[int, int]) -> Tensor:
     """A^T y of the linear map ``forward`` from images of ``size``: the transpose of its (constant) Jacobian."""
     with torch.enable_grad():
@@ -360,15 +355,19 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2, 3), keepdim=True)
 
 
-def _check_pair(image: Tensor, kernel: Tensor) -> None:
-    for name, x in (("image", image), ("kernel", kernel)):
+def _check_floats(image: Tensor, **other: Tensor) -> None:
+    for name, x in {"image": image, **other}.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
         if x.ndim != 4:
             raise ValueError(f"{name}: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
-    if image.device != kernel.device:
-        raise ValueError(f"kernel: is on {kernel.device}, the image on {image.device}; move one with .to(device)")
+        if x.device != image.device:
+            raise ValueError(f"{name}: is on {x.device}, the image on {image.device}; move one with .to(device)")
+
+
+def _check_pair(image: Tensor, kernel: Tensor) -> None:
+    _check_floats(image=image, kernel=kernel)
     if kernel.shape[0] not in (1, image.shape[0]) or kernel.shape[1] not in (1, image.shape[1]):
         raise ValueError(
             f"kernel: expected one, or one an image ({image.shape[0]}) and channel ({image.shape[1]}); "

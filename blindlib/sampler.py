@@ -83,7 +83,8 @@ class DPS:
 
         Step sizes grow by 1000 / steps, at most fivefold: fewer steps are to cover the same way, but with longer ones
         the first would overshoot. The image's grows with the side, the others' shrink: the gradient of a norm over N
-        pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share.
+        pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share. A step size
+        that is one number for all latents does not follow the side.
         """
         gain, size = min(1000 / steps, 5), self.step_size
         if isinstance(size, Mapping):
@@ -365,7 +366,7 @@ def sample(
         with torch.no_grad():
             x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
         # Estimates are clipped, so that the residual stays small however far the latents run away: look at both.
-        size = max(float(value.square().mean((1, 2, 3)).max().sqrt()) for value in x.values())
+        size = float(torch.stack([value.square().mean((1, 2, 3)).max() for value in x.values()]).max().sqrt())
         if not size < LARGEST or not bool(torch.isfinite(norm).all()):
             raise ArithmeticError(
                 f"sample: diverged at step {i + 1} of {steps} (t = {t}): latents of root mean square {size:.3g} where "

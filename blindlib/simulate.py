@@ -486,9 +486,7 @@ def random_tilts(
     ValueError
         If a number is not positive, or the strengths are not in order.
     """
-    _check_tilt(n, size, smoothness=smoothness, patches=patches, clip=clip, strength=strength[0])
-    if strength[1] < strength[0]:
-        raise ValueError(f"strength: expected (low, high) with low <= high, got {strength}")
+    _check_tilt(n, size, "strength", strength, smoothness=smoothness, patches=patches, clip=clip)
     draw, side = _Draw(seed, device), 64
     whole = size + 2 * (side - 1)
     reach = math.ceil(4 * smoothness)
@@ -538,9 +536,7 @@ def kolmogorov_tilts(
     Tensor, shape (n, 2, size, size)
         Displacements in pixels, x then y.
     """
-    _check_tilt(n, size, apertures=apertures, d_r0=d_r0[0])
-    if d_r0[1] < d_r0[0]:
-        raise ValueError(f"d_r0: expected (low, high) with low <= high, got {d_r0}")
+    _check_tilt(n, size, "d_r0", d_r0, apertures=apertures)
     draw, whole = _Draw(seed, device), 2 * size  # noise made by FFT is periodic: make more and cut
     step = size / apertures  # pixels in an aperture
     fy = torch.fft.fftfreq(whole, device=draw.device)[:, None] * step
@@ -559,12 +555,14 @@ def kolmogorov_tilts(
     return 2 * math.sqrt(0.182) * strength ** (5 / 6) * field
 
 
-def _check_tilt(n: int, size: int, **positive: float) -> None:
+def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **positive: float) -> None:
     if n < 1 or size < 2:
         raise ValueError(f"n, size: expected at least 1 field of at least 2 pixels, got {n} of {size}")
-    for name, value in positive.items():
+    if not 0 < interval[0] <= interval[1]:
+        raise ValueError(f"{name}: expected 0 < low <= high, got {interval}")
+    for key, value in positive.items():
         if not value > 0:
-            raise ValueError(f"{name}: expected positive numbers, got {value}")
+            raise ValueError(f"{key}: expected a positive number, got {value}")
 
 
 def _check_kernel(n: int, size: int, interval: tuple[float, float], name: str, limit: float) -> None:

@@ -349,6 +349,28 @@ def test_divergence_stops_with_the_step_and_a_remedy(small_priors, y):
         sample(y, lambda image: image * 1e30, {"image": small_priors["image"]}, steps=50)
 
 
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("name", ["image", "kernel"])
+def test_nan_in_any_latent_stops_the_run_even_at_the_last_step(small_priors, y, name, step):
+    calls = iter(range(5))
+
+    def guidance(*arguments):
+        new, x0, norm = DPS()(*arguments)
+        return {**new, name: new[name] * math.nan} if next(calls) == step else new, x0, norm
+
+    with pytest.raises(ArithmeticError, match=f"diverged at step {step + 1} of 5"):
+        sample(y, Blur(), small_priors, steps=5, guidance=guidance)
+
+
+def test_respaced_steps_grow_fivefold_at_most_and_follow_the_side():
+    dps = DPS(step_size={"image": 2.0, "kernel": 3.0})
+    assert dps.respaced(1000) == dps
+    assert dps.respaced(400).step_size == {"image": 5.0, "kernel": 7.5}
+    assert dps.respaced(100).step_size == {"image": 10.0, "kernel": 15.0}
+    assert dps.respaced(500, side=128).step_size == {"image": 8.0, "kernel": 3.0}
+    assert DPS(step_size=0.5).respaced(500, side=128).step_size == 1.0
+
+
 def test_diffpir_needs_a_solver(small_priors, y):
     with pytest.raises(TypeError, match="needs an operator with a solve method"):
         sample(y, lambda image: image, {"image": small_priors["image"]}, steps=2, guidance=DiffPIR(noise_std=0.1))

@@ -143,10 +143,10 @@ def test_random_tilts_are_clipped_and_as_strong_at_every_size():
     "make, change, message",
     [
         (random_tilts, dict(strength=(0.4, 0.1)), "strength: expected"),
-        (random_tilts, dict(smoothness=0), "smoothness: expected positive"),
-        (random_tilts, dict(patches=0), "patches: expected positive"),
+        (random_tilts, dict(smoothness=0), "smoothness: expected a positive"),
+        (random_tilts, dict(patches=0), "patches: expected a positive"),
         (kolmogorov_tilts, dict(d_r0=(2.0, 1.0)), "d_r0: expected"),
-        (kolmogorov_tilts, dict(apertures=-1), "apertures: expected positive"),
+        (kolmogorov_tilts, dict(apertures=-1), "apertures: expected a positive"),
         (kolmogorov_tilts, dict(size=1), "n, size: expected"),
     ],
 )
