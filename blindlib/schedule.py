@@ -53,11 +53,18 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def timesteps(self, steps: int, spacing: str = "linspace") -> list[int]:
+    def timesteps(self, steps: int, spacing: str = "half-log") -> list[int]:
         """``steps`` times from high noise to low, the last of them 0.
 
-        ``spacing="linspace"`` includes both ends (published samplers), ``"leading"`` takes every (T // steps)-th from 0
-        (DDIM, arXiv 2010.02502).
+        Parameters
+        ----------
+        steps : int
+            1 .. T.
+        spacing : {"half-log", "linspace", "leading"}
+            ``"half-log"``: both ends, halfway between even in time and even in log sigma, as far as whole numbers
+            allow. Even times leave few steps for the last octaves of noise, where details and a kernel's bright spots
+            settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every (T // steps)-th from 0
+            (DDIM, arXiv 2010.02502).
 
         Raises
         ------
@@ -66,15 +73,23 @@ class NoiseSchedule:
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(self):
             raise ValueError(f"steps: expected an integer from 1 to {len(self)}, got {steps!r}")
-        if spacing == "linspace":
-            gap = (len(self) - 1) / max(steps - 1, 1)
-            times = [round(i * gap) for i in range(steps)]
-            if steps == 1:
-                times = [len(self) - 1]
-        elif spacing == "leading":
+        if spacing not in ("half-log", "linspace", "leading"):
+            raise ValueError(f"spacing: expected 'half-log', 'linspace' or 'leading', got {spacing!r}")
+        last = len(self) - 1
+        if spacing == "leading":
             times = [i * (len(self) // steps) for i in range(steps)]
+        elif steps == 1:
+            times = [last]
+        elif spacing == "linspace":
+            times = [round(i * last / (steps - 1)) for i in range(steps)]
         else:
-            raise ValueError(f"spacing: expected 'linspace' or 'leading', got {spacing!r}")
+            octaves = (1 / self.alpha_bars - 1).log()
+            place = torch.arange(len(self)) / last + (octaves - octaves[0]) / (octaves[-1] - octaves[0])
+            times = []
+            for i in range(steps):
+                nearest = int((place - 2 * i / (steps - 1)).abs().argmin())
+                # No time twice, and one left for each step to come.
+                times.append(min(max(nearest, i and times[-1] + 1), last - (steps - 1 - i)))
         return times[::-1]
 
     def alpha_bar(self, t: int) -> float:

@@ -24,7 +24,7 @@ def test_agrees_with_the_reference(golden):
 
 def test_respacing_agrees_with_the_reference(golden):
     ref, s = golden("schedule.npz"), NoiseSchedule.linear()
-    times = s.timesteps(100)[::-1]
+    times = s.timesteps(100, "linspace")[::-1]
     assert times == ref["respaced100_timesteps"].tolist()
     pairs = list(zip(times, [-1, *times], strict=False))
     close([s.alpha_bar(t) for t in times], ref["respaced100_alphas_cumprod"])
@@ -83,3 +83,18 @@ def test_time_undoes_sigma():
     schedule = NoiseSchedule.linear()
     assert [schedule.time(schedule.sigma(t)) for t in (0, 17, 500, 999)] == [0, 17, 500, 999]
     assert schedule.time(0.0) == 0 and schedule.time(1e9) == 999
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 300, 999, 1000])
+def test_half_log_times_are_distinct_and_reach_both_ends(steps):
+    times = NoiseSchedule.linear().timesteps(steps)
+    assert len(times) == steps and times[0] == 999 and (steps == 1 or times[-1] == 0)
+    assert times == sorted(set(times), reverse=True)
+
+
+def test_half_log_is_halfway_between_even_in_time_and_in_log_sigma():
+    s = NoiseSchedule.linear()
+    times = s.timesteps(9)
+    octaves = [math.log(s.sigma(t) / s.sigma(0)) / math.log(s.sigma(999) / s.sigma(0)) for t in times]
+    halfway = [(t / 999 + octave) / 2 for t, octave in zip(times, octaves, strict=True)]
+    assert halfway == pytest.approx([1 - i / 8 for i in range(9)], abs=0.01)
