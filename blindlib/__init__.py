@@ -15,7 +15,7 @@ from blindlib.simulate import (
     kolmogorov_tilts,
     linear_kernels,
     motion_kernels,
-    random_tilts,
+    tilt_fields,
 )
 from blindlib.unet import UNet
 
@@ -51,7 +51,7 @@ __all__ = [
     "motion_kernels",
     "prior_denoiser",
     "psnr",
-    "random_tilts",
     "sample",
+    "tilt_fields",
 ]
 __version__ = "0.1.0"
