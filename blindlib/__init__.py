@@ -4,7 +4,14 @@ from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.metrics import mnc, psnr
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
-from blindlib.priors import DiffusionPrior, UniformPrior, load_prior
+from blindlib.priors import (
+    DiffusionPrior,
+    EmpiricalPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    UniformPrior,
+    load_prior,
+)
 from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
 from blindlib.simulate import (
@@ -28,6 +35,9 @@ __all__ = [
     "DiffPIR",
     "DiffusionPrior",
     "Downsample",
+    "EmpiricalPrior",
+    "GaussianMixturePrior",
+    "GaussianPrior",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",
