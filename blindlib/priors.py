@@ -322,16 +322,19 @@ class GaussianMixturePrior(_ExactPrior):
         weights = torch.ones(m) if weights is None else weights
         if weights.shape != (m,) or not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:
             raise ValueError(f"weights: expected {m} numbers, at least 0 and not all 0, got {weights.tolist()}")
-        std = torch.as_tensor(std)
+        std = torch.as_tensor(std).to(means)
         try:
-            variance = std.to(means).square().expand_as(means)
+            std.expand_as(means)
         except RuntimeError:
             raise ValueError(f"std: {tuple(std.shape)} does not broadcast to {tuple(means.shape)}") from None
         if not bool(((std >= 0) & std.isfinite()).all()):
             raise ValueError("std: expected numbers that are finite and at least 0")
         super().__init__(tuple(means.shape[1:]), latent, means.device, schedule)
         # Distances are differences of large numbers, divided by a small variance: double precision throughout.
-        self.means, self.variance = means.double().flatten(1), variance.double().flatten(1)
+        self.means = means.double().flatten(1)
+        std = std.double().reshape(*[1] * (4 - std.ndim), *std.shape)
+        # One number for a whole component, the usual case, is not written out for all of its pixels.
+        self.variance = std.expand(m, *(std.shape[1:] if std[0].numel() == 1 else self.shape)).square().flatten(1)
         self.log_weights = (weights / weights.sum()).to(self.means).log()
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
@@ -354,10 +357,11 @@ class GaussianMixturePrior(_ExactPrior):
         """log of weight times density of ``x_t`` for each component, (B, M)."""
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"x_t: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}")
-        x, precision = x_t.double().flatten(1), 1 / (a * self.variance + 1 - a)
-        scaled = math.sqrt(a) * self.means
-        distance = x.square() @ precision.T - 2 * x @ (precision * scaled).T + (precision * scaled.square()).sum(1)
-        normaliser = (precision.log() - math.log(2 * math.pi)).sum(1)
+        x, means = x_t.double().flatten(1), math.sqrt(a) * self.means
+        precision = 1 / (a * self.variance + 1 - a)
+        squares = x.square() if precision.shape[1] > 1 else x.square().sum(1, keepdim=True)
+        distance = squares @ precision.T - 2 * x @ (precision * means).T + (precision * means.square()).sum(1)
+        normaliser = (precision / (2 * math.pi)).log().mean(1) * x.shape[1]
         return self.log_weights + (normaliser - distance) / 2
 
 
