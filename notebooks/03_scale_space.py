@@ -72,7 +72,7 @@ from blindlib.operators import otf
 from blindlib.priors import kernel_to_latent
 
 sizes = {
-    "ci": {"side": 64, "examples": 32, "steps": 16, "descent": 300, "restore": 2},
+    "ci": {"side": 64, "examples": 32, "steps": 16, "descent": 300, "restore": 6},
     "cpu": {"side": 64, "examples": 512, "steps": 200, "descent": 800, "restore": 30},
     "gpu": {"side": 256, "examples": 4096, "steps": 1000, "descent": 3000, "restore": 100},
 }[preset]
