@@ -792,12 +792,13 @@ _ = display.record(
 # learned = {"image": EmpiricalPrior(scenes, latent="image"),
 #            "kernel": EmpiricalPrior(kernel_to_latent(shakes), latent="kernel")}
 # for k in (shakes[3:4], motion_kernels(1, 17, seed=9)):
-#     run = sample(blur(scenes[5:6], k), blur, learned, steps=100, guidance=DPS.released())
-#     print(psnr(run.image, scenes[5:6]).item(), mnc(run.kernel, k).item())
+#     run = sample(blur(scenes[5:6], k), blur, learned, steps=100, guidance=DPS.released().respaced(100))
+#     print(psnr(run.image, scenes[5:6]).item(), mnc(run.kernel, k).item(), run.residual.item())
 # ```
 #
-# Where the run chooses the right pair, the answer is exact. For the stranger only one of the 64 kernels can come out,
-# and the residual, far above the noise, says that it is not the right one.
+# The members come out exactly, both of them, and the residual is zero. Even with the strange kernel the image is found;
+# but only one of the 64 kernels can come out beside it, and the residual, no longer zero, says that none of them is
+# right.
 # </details>
 #
 # **2. Is the pyramid needed?** Give `alternate` a larger `strength`, 0.008, at one scale and in the pyramid.
