@@ -4,7 +4,14 @@ from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.metrics import mnc, psnr
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
-from blindlib.priors import DiffusionPrior, UniformPrior, load_prior
+from blindlib.priors import (
+    DiffusionPrior,
+    EmpiricalPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    UniformPrior,
+    load_prior,
+)
 from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
 from blindlib.simulate import (
@@ -15,7 +22,7 @@ from blindlib.simulate import (
     kolmogorov_tilts,
     linear_kernels,
     motion_kernels,
-    random_tilts,
+    tilt_fields,
 )
 from blindlib.unet import UNet
 
@@ -28,6 +35,9 @@ __all__ = [
     "DiffPIR",
     "DiffusionPrior",
     "Downsample",
+    "EmpiricalPrior",
+    "GaussianMixturePrior",
+    "GaussianPrior",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",
@@ -51,7 +61,7 @@ __all__ = [
     "motion_kernels",
     "prior_denoiser",
     "psnr",
-    "random_tilts",
     "sample",
+    "tilt_fields",
 ]
 __version__ = "0.1.0"

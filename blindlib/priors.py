@@ -50,6 +50,12 @@ def tilt_to_physical(x0: Tensor) -> Tensor:
     return x0
 
 
+def _channels(latent: str) -> int:
+    if latent not in CHANNELS:
+        raise ValueError(f"latent: expected one of {sorted(CHANNELS)}, got {latent!r}")
+    return CHANNELS[latent]
+
+
 PHYSICAL = {"image": image_to_physical, "kernel": kernel_to_physical, "tilt": tilt_to_physical}
 
 
@@ -111,11 +117,9 @@ class DiffusionPrior:
         schedule: NoiseSchedule | None = None,
         size: int | None = None,
     ) -> None:
-        if latent not in CHANNELS:
-            raise ValueError(f"latent: expected one of {sorted(CHANNELS)}, got {latent!r}")
+        channels = _channels(latent)
         if prediction not in ("noise", "v"):
             raise ValueError(f"prediction: expected 'noise' or 'v', got {prediction!r}")
-        channels = CHANNELS[latent]
         if net.in_channels != channels or net.config["out_channels"] not in (channels, 2 * channels):
             raise ValueError(f"net: a prior of the {latent} has {channels} channels, the net {net.in_channels}")
         # Channels last is a fifth faster on CPUs, and no slower elsewhere.
@@ -175,37 +179,29 @@ class DiffusionPrior:
         part.replace(path)
 
 
-class GaussianPrior:
-    """The exact prior of a stationary Gaussian field on a periodic grid, for tests and for theory.
-
-    Parameters
-    ----------
-    spectrum : Tensor, shape (C, H, W // 2 + 1)
-        Variance of each Fourier coefficient of ``torch.fft.rfft2(x, norm="ortho")``; symmetric as that of a real
-        field is.
-    mean : float
-        Of every pixel.
-    schedule : NoiseSchedule, optional
-        Default: the linear one.
-    """
+class _ExactPrior:
+    """What priors without a network share; each has its own ``denoise``."""
 
     stride = 1
 
-    def __init__(self, spectrum: Tensor, mean: float = 0.0, *, schedule: NoiseSchedule | None = None) -> None:
-        self.spectrum, self.mean = spectrum, mean
+    def __init__(
+        self,
+        shape: tuple[int, int | None, int | None],
+        latent: str | None,
+        device: str | torch.device,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        if latent is not None and shape[0] != _channels(latent):
+            raise ValueError(f"latent: a prior of the {latent} has {CHANNELS[latent]} channels, got {shape[0]}")
+        self.shape, self.latent, self.device = shape, latent, torch.device(device)
         self.schedule = schedule or NoiseSchedule.linear()
-        self.shape = (spectrum.shape[0], spectrum.shape[1], 2 * (spectrum.shape[2] - 1))
-        self.device = spectrum.device
+        self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent] if latent else lambda x0: x0
 
     def start(self, noise: Tensor) -> Tensor:
         return noise
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
-        """E[x_0 | x_t] in closed form: the Wiener filter at noise level t."""
-        a = self.schedule.alpha_bar(t)
-        gain = math.sqrt(a) * self.spectrum / (a * self.spectrum + 1 - a)
-        centred = torch.fft.rfft2(x_t - math.sqrt(a) * self.mean)
-        return self.mean + torch.fft.irfft2(gain * centred, s=x_t.shape[-2:])
+        raise NotImplementedError
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, None]:
         return self.denoise(x_t, t), None
@@ -213,11 +209,182 @@ class GaussianPrior:
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
         return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise)
 
-    def physical(self, x0: Tensor) -> Tensor:
-        return x0
+
+class GaussianPrior(_ExactPrior):
+    """The exact prior of a Gaussian field, for tests and for theory.
+
+    Parameters
+    ----------
+    mean : float or Tensor, shape (C, H, W)
+        A number needs a ``spectrum``, which tells the shape.
+    covariance : Tensor, shape (N, N), N = C H W
+        Of the flattened field. Its eigenvectors are computed: for small fields.
+    spectrum : Tensor, shape (C, H, W // 2 + 1)
+        Instead of a covariance, for a stationary field on a periodic grid of even width: the variance of each Fourier
+        coefficient of ``torch.fft.rfft2(x, norm="ortho")``; symmetric as that of a real field is.
+    latent : {"image", "kernel", "tilt"}, optional
+        What it is a prior of, which decides the physical map; default: the field is its own physical quantity.
+    schedule : NoiseSchedule, optional
+        Default: the linear one.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of covariance and spectrum is given, shapes do not fit, a variance is negative, or the
+        covariance is not symmetric.
+    """
+
+    def __init__(
+        self,
+        mean: float | Tensor,
+        *,
+        covariance: Tensor | None = None,
+        spectrum: Tensor | None = None,
+        latent: str | None = None,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        if (covariance is None) == (spectrum is None):
+            raise ValueError("covariance, spectrum: expected exactly one of the two")
+        mean = torch.as_tensor(mean, dtype=torch.float64)
+        if spectrum is not None:
+            if spectrum.ndim != 3 or spectrum.shape[2] < 2:
+                raise ValueError(f"spectrum: expected shape (C, H, W // 2 + 1), got {tuple(spectrum.shape)}")
+            shape, self.variance = (*spectrum.shape[:2], 2 * (spectrum.shape[2] - 1)), spectrum
+            if mean.shape not in ((), shape):
+                raise ValueError(f"mean: expected a number or shape {shape}, got shape {tuple(mean.shape)}")
+        else:
+            shape = tuple(mean.shape)
+            if len(shape) != 3 or covariance.shape != (mean.numel(),) * 2:
+                raise ValueError(
+                    "mean, covariance: expected shapes (C, H, W) and (N, N) with N = C H W, got "
+                    f"{shape} and {tuple(covariance.shape)}"
+                )
+            if not torch.allclose(covariance, covariance.T, atol=1e-6 * float(covariance.abs().max())):
+                raise ValueError("covariance: expected a symmetric matrix")
+            self.variance, self.vectors = torch.linalg.eigh(covariance)
+            # Rounding makes vanishing eigenvalues a little negative.
+            self.variance[self.variance.abs() < 1e-5 * self.variance.abs().max()] = 0
+        if not bool((self.variance >= 0).all()):
+            raise ValueError(f"covariance, spectrum: has a variance of {float(self.variance.min()):.3g}")
+        super().__init__(shape, latent, self.variance.device, schedule)
+        self.mean, self.spectrum = mean.to(self.device), spectrum
+
+    def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t] in closed form: the Wiener filter at noise level t; ``x_t`` (B, C, H, W)."""
+        a = self.schedule.alpha_bar(t)
+        mean, gain = self.mean.to(x_t), (math.sqrt(a) * self.variance / (a * self.variance + 1 - a)).to(x_t)
+        centred = x_t - math.sqrt(a) * mean
+        if self.spectrum is not None:
+            return mean + torch.fft.irfft2(gain * torch.fft.rfft2(centred), s=x_t.shape[-2:])
+        vectors = self.vectors.to(x_t)
+        return mean + (centred.flatten(1) @ vectors * gain @ vectors.T).reshape(x_t.shape)
 
 
-class UniformPrior:
+class GaussianMixturePrior(_ExactPrior):
+    """The exact prior of a finite mixture of Gaussians with diagonal covariances.
+
+    With ``std=0`` it is the empirical distribution of its means, and its diffused density a kernel density estimate.
+
+    Parameters
+    ----------
+    means : Tensor, shape (M, C, H, W)
+        Of the components, as diffusion variables. A point in the plane is ``(2, 1, 1)``.
+    std : float or Tensor
+        Standard deviations within the components, at least 0: anything that broadcasts with ``means``, such as
+        (M, 1, 1, 1) for one of each component.
+    weights : Tensor, shape (M,), optional
+        At least 0; divided by their sum. Default: all equal.
+    latent : {"image", "kernel", "tilt"}, optional
+        What it is a prior of, which decides the physical map; default: the variable is its own physical quantity.
+    schedule : NoiseSchedule, optional
+        Default: the linear one.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is not finite, or a weight or standard deviation is negative.
+    """
+
+    def __init__(
+        self,
+        means: Tensor,
+        std: float | Tensor = 0.0,
+        *,
+        weights: Tensor | None = None,
+        latent: str | None = None,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        if means.ndim != 4 or 0 in means.shape:
+            raise ValueError(f"means: expected shape (M, C, H, W), got {tuple(means.shape)}")
+        if not bool(torch.isfinite(means).all()):
+            raise ValueError(f"means: has {int((~torch.isfinite(means)).sum())} values that are NaN or infinite")
+        m = means.shape[0]
+        weights = torch.ones(m) if weights is None else weights
+        if weights.shape != (m,) or not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:
+            raise ValueError(f"weights: expected {m} numbers, at least 0 and not all 0, got {weights.tolist()}")
+        std = torch.as_tensor(std).to(means)
+        try:
+            std.expand_as(means)
+        except RuntimeError:
+            raise ValueError(f"std: {tuple(std.shape)} does not broadcast to {tuple(means.shape)}") from None
+        if not bool(((std >= 0) & std.isfinite()).all()):
+            raise ValueError("std: expected numbers that are finite and at least 0")
+        super().__init__(tuple(means.shape[1:]), latent, means.device, schedule)
+        # Distances are differences of large numbers, divided by a small variance: double precision throughout.
+        self.means = means.double().flatten(1)
+        std = std.double().reshape(*[1] * (4 - std.ndim), *std.shape)
+        # One number for a whole component, the usual case, is not written out for all of its pixels.
+        self.variance = std.expand(m, *(std.shape[1:] if std[0].numel() == 1 else self.shape)).square().flatten(1)
+        self.log_weights = (weights / weights.sum()).to(self.means).log()
+
+    def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t]: the components' posterior means, weighted with their posterior probabilities.
+
+        ``x_t`` (B, C, H, W). Differentiable in ``x_t``.
+        """
+        a = self.schedule.alpha_bar(t)
+        share = self._log_joint(x_t, a).softmax(1)
+        precision = 1 / (a * self.variance + 1 - a)
+        gain = math.sqrt(a) * self.variance * precision
+        x0 = share @ ((1 - a) * precision * self.means) + share @ gain * x_t.double().flatten(1)
+        return x0.to(x_t.dtype).reshape(x_t.shape)
+
+    def log_density(self, x_t: Tensor, t: int) -> Tensor:
+        """log p(x_t), in nats: (B,), double precision; ``x_t`` (B, C, H, W). Differentiable in ``x_t``."""
+        return self._log_joint(x_t, self.schedule.alpha_bar(t)).logsumexp(1)
+
+    def _log_joint(self, x_t: Tensor, a: float) -> Tensor:
+        """log of weight times density of ``x_t`` for each component, (B, M)."""
+        if x_t.shape[1:] != self.shape:
+            raise ValueError(f"x_t: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}")
+        x, means = x_t.double().flatten(1), math.sqrt(a) * self.means
+        precision = 1 / (a * self.variance + 1 - a)
+        squares = x.square() if precision.shape[1] > 1 else x.square().sum(1, keepdim=True)
+        distance = squares @ precision.T - 2 * x @ (precision * means).T + (precision * means.square()).sum(1)
+        normaliser = (precision / (2 * math.pi)).log().mean(1) * x.shape[1]
+        return self.log_weights + (normaliser - distance) / 2
+
+
+class EmpiricalPrior(GaussianMixturePrior):
+    """The exact prior of a finite data set: each of its examples, and nothing else, is possible.
+
+    The diffused density is the kernel density estimate of the data with a Gaussian window of the noise's width, and the
+    posterior mean the average of all examples, weighted with how well they explain ``x_t``. What an unlimited network
+    would learn from these data; hence what a useful one must not learn.
+
+    Parameters
+    ----------
+    dataset : Tensor, shape (M, C, H, W)
+        Examples as diffusion variables: images in [-1, 1], kernels by :func:`kernel_to_latent`.
+    latent, schedule
+        As of :class:`GaussianMixturePrior`, and so are the errors.
+    """
+
+    def __init__(self, dataset: Tensor, *, latent: str | None = None, schedule: NoiseSchedule | None = None) -> None:
+        super().__init__(dataset, latent=latent, schedule=schedule)
+
+
+class UniformPrior(_ExactPrior):
     """A flat prior: no diffusion, the latent follows the measurement alone (the ablation of BlindDPS, section 4.3).
 
     It starts at a flat kernel (or mid grey) plus a little noise and is changed by the guidance only.
@@ -229,14 +396,8 @@ class UniformPrior:
         Height and width of the latent; default: as the operator needs.
     """
 
-    stride = 1
-
     def __init__(self, latent: str, size: int | None = None, *, device: str | torch.device = "cpu") -> None:
-        if latent not in CHANNELS:
-            raise ValueError(f"latent: expected one of {sorted(CHANNELS)}, got {latent!r}")
-        self.latent, self.shape, self.device = latent, (CHANNELS[latent], size, size), torch.device(device)
-        self.physical = PHYSICAL[latent]
-        self.schedule = NoiseSchedule.linear()
+        super().__init__((_channels(latent), size, size), latent, device)
 
     def start(self, noise: Tensor) -> Tensor:
         return 0.1 * noise
@@ -244,9 +405,6 @@ class UniformPrior:
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
         """A flat density has no score: the posterior mean is the variable itself, clipped to [-1, 1]."""
         return x_t.clamp(-1, 1)
-
-    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, None]:
-        return self.denoise(x_t, t), None
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
         return x_t.clamp(-1, 1)

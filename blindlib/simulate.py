@@ -445,14 +445,14 @@ def blur_kernels(n: int, size: int, *, seed: Seed = 0, device: str | torch.devic
     return out
 
 
-def random_tilts(
+def tilt_fields(
     n: int,
     size: int,
     *,
+    max_tilt: float = 2.5,
     strength: tuple[float, float] = (0.1, 0.4),
     smoothness: float = 1.0,
     patches: int = 500,
-    clip: float = 2.5,
     seed: Seed = 0,
     device: str | torch.device = "cpu",
 ) -> Tensor:
@@ -464,6 +464,8 @@ def random_tilts(
         How many.
     size : int
         Height and width.
+    max_tilt : float
+        Tilts are cut to [-max_tilt, max_tilt] pixels.
     strength : (float, float)
         Bounds of a patch's standard deviation in pixels, before smoothing.
     smoothness : float
@@ -471,8 +473,6 @@ def random_tilts(
     patches : int
         How many patches of 64 x 64 pixels there are to 256 x 256 pixels. They may hang over the rim, so that a field
         is alike everywhere and at every size.
-    clip : float
-        Tilts are cut to [-clip, clip] pixels.
     seed : int or torch.Generator
     device : str or torch.device
 
@@ -486,7 +486,7 @@ def random_tilts(
     ValueError
         If a number is not positive, or the strengths are not in order.
     """
-    _check_tilt(n, size, "strength", strength, smoothness=smoothness, patches=patches, clip=clip)
+    _check_tilt(n, size, "strength", strength, smoothness=smoothness, patches=patches, max_tilt=max_tilt)
     draw, side = _Draw(seed, device), 64
     whole = size + 2 * (side - 1)
     reach = math.ceil(4 * smoothness)
@@ -503,7 +503,7 @@ def random_tilts(
         where = (corner[:, :1] * whole + corner[:, 1:])[..., None] + pixels
         field.scatter_add_(1, where.flatten(1), noise.flatten(1))
     field = field.view(n, 2, whole, whole)[..., side - 1 : side - 1 + size, side - 1 : side - 1 + size]
-    return field.clamp(-clip, clip)
+    return field.clamp(-max_tilt, max_tilt)
 
 
 def kolmogorov_tilts(
@@ -525,7 +525,7 @@ def kolmogorov_tilts(
     Parameters
     ----------
     n, size, seed, device
-        As of :func:`random_tilts`.
+        As of :func:`tilt_fields`.
     d_r0 : (float, float)
         Bounds of D / r0, the aperture over Fried's parameter; log-uniform.
     apertures : float

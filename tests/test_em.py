@@ -145,7 +145,7 @@ def test_em_never_lowers_the_marginal_likelihood(g):
 
 
 def test_pigdm_is_the_exact_posterior_mean_for_a_white_gaussian(g):
-    prior, std, k = GaussianPrior(0.3**2 * torch.ones(1, 16, 9)), 0.05, gaussian_kernels(1, 5, seed=0)
+    prior, std, k = GaussianPrior(0.0, spectrum=0.3**2 * torch.ones(1, 16, 9)), 0.05, gaussian_kernels(1, 5, seed=0)
     y, x_t = torch.randn(2, 1, 16, 16, generator=g), torch.randn(2, 1, 16, 16, generator=g)
     t, a = 300, prior.schedule.alpha_bar(300)
     guidance = PiGDM(std, data_std=0.3)

@@ -1,10 +1,29 @@
+import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from blindlib import DiffusionPrior, UNet, UniformPrior, blur_kernels, dead_leaves, load_prior, motion_kernels
+from blindlib import (
+    DPS,
+    Blur,
+    DiffPIR,
+    DiffusionPrior,
+    EmpiricalPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    PiGDM,
+    UNet,
+    UniformPrior,
+    blur_kernels,
+    dead_leaves,
+    load_prior,
+    motion_kernels,
+    sample,
+)
 from blindlib.priors import WEIGHTS, kernel_to_latent, kernel_to_physical
 
 
@@ -85,6 +104,106 @@ def test_save_and_load(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+# ------------------------------------------------------------------------------------------------ exact priors
+
+
+@pytest.mark.parametrize("t", [0, 50, 400, 999])
+@pytest.mark.parametrize("shape", [(), (5, 1, 1, 1), (5, 2, 3, 4), (3, 4), (2, 1, 1), (1, 1, 1, 4)])
+def test_tweedie_on_a_mixture(t, shape, g):
+    """denoise() against the score, by autograd, of the density as torch.distributions has it; log_density() too."""
+    means = torch.randn(5, 2, 3, 4, generator=g, dtype=torch.float64)
+    std = 0.2 + torch.rand(shape, generator=g, dtype=torch.float64)
+    prior = GaussianMixturePrior(means, std, weights=torch.rand(5, generator=g))
+    a = prior.schedule.alpha_bar(t)
+    x = torch.randn(3, 2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    parts = Normal(math.sqrt(a) * means, (a * std.square() + 1 - a).sqrt().expand_as(means))
+    density = MixtureSameFamily(Categorical(logits=prior.log_weights), Independent(parts, 3)).log_prob(x)
+    torch.testing.assert_close(prior.log_density(x, t), density)
+    (score,) = torch.autograd.grad(density.sum(), x)
+    tweedie = (x + (1 - a) * score) / math.sqrt(a)
+    torch.testing.assert_close(prior.denoise(x, t), tweedie.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_mixture_of_one_is_a_gaussian(g):
+    mean, variance = torch.randn(1, 2, 4, generator=g).double(), torch.rand(8, generator=g).double()
+    one = GaussianMixturePrior(mean[None], variance.sqrt().reshape(1, 1, 2, 4))
+    gaussian = GaussianPrior(mean, covariance=variance.diag())
+    x = torch.randn(3, 1, 2, 4, generator=g)
+    torch.testing.assert_close(one.denoise(x, 300), gaussian.denoise(x, 300))
+
+
+@pytest.mark.parametrize("t", [0, 50, 400, 999])
+def test_covariance_and_spectrum_say_the_same(t, g):
+    spectrum = torch.fft.rfft2(torch.randn(1, 6, 6, generator=g).double(), norm="ortho").abs().square()
+    unit = torch.eye(36).double().reshape(36, 1, 6, 6)
+    covariance = torch.fft.irfft2(spectrum * torch.fft.rfft2(unit), s=(6, 6)).reshape(36, 36)
+    mean = torch.randn(1, 6, 6, generator=g).double()
+    stationary, dense = GaussianPrior(mean, spectrum=spectrum), GaussianPrior(mean, covariance=covariance)
+    x = torch.randn(2, 1, 6, 6, generator=g).double()
+    torch.testing.assert_close(stationary.denoise(x, t), dense.denoise(x, t), rtol=1e-6, atol=1e-8)
+    assert dense.denoise(x.float(), t).dtype == stationary.denoise(x.float(), t).dtype == torch.float32
+
+
+def test_tweedies_second_moment_is_the_posterior_covariance(g):
+    """(1 - a) / sqrt(a) times the Jacobian of denoise(), against the inverse of the precision matrix."""
+    root = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    prior, t = GaussianPrior(torch.zeros(1, 2, 3), covariance=root @ root.T), 400
+    a = prior.schedule.alpha_bar(t)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: prior.denoise(x.reshape(1, 1, 2, 3), t).flatten(), torch.randn(6, generator=g, dtype=torch.float64)
+    )
+    exact = torch.linalg.inv(torch.linalg.inv(root @ root.T) + a / (1 - a) * torch.eye(6))
+    torch.testing.assert_close((1 - a) / math.sqrt(a) * jacobian, exact)
+
+
+def test_an_empirical_prior_knows_its_examples_and_nothing_else(g):
+    data = 2 * torch.rand(50, 3, 8, 8, generator=g) - 1
+    prior = EmpiricalPrior(data)
+    near = prior.schedule.diffuse(data, torch.tensor([20]), torch.randn(data.shape, generator=g))
+    torch.testing.assert_close(prior.denoise(near, 20), data)  # little noise: the nearest example
+    far = prior.denoise(torch.zeros(1, 3, 8, 8), 999)  # much noise: their mean
+    torch.testing.assert_close(far[0], data.mean(0), atol=0.02, rtol=0)
+    for t in (0, 999):
+        x = (100 * torch.randn(2, 3, 8, 8, generator=g)).requires_grad_(True)
+        x0 = prior.denoise(x, t)
+        (gradient,) = torch.autograd.grad(x0.sum(), x)
+        assert torch.isfinite(x0).all() and torch.isfinite(gradient).all()
+        assert x0.abs().max() <= 1  # no average of examples leaves their range
+
+
+def test_small_noise_is_exact_for_single_precision_input(g):
+    """Two examples that differ in one pixel by less than the noise: distances are nearly the same large number."""
+    pair = (2 * torch.rand(1, 3, 64, 64, generator=g) - 1).repeat(2, 1, 1, 1)
+    pair[1, 0, 0, 0] += 0.01
+    prior, a = EmpiricalPrior(pair), EmpiricalPrior(pair).schedule.alpha_bar(0)
+    x = math.sqrt(a) * pair[:1] + math.sqrt(1 - a) * torch.randn(1, 3, 64, 64, generator=g)
+    toward, apart = x[0, 0, 0, 0] - math.sqrt(a) * pair[0, 0, 0, 0], math.sqrt(a) * 0.01
+    odds = torch.sigmoid((toward * apart - apart**2 / 2) / (1 - a))
+    torch.testing.assert_close(prior.denoise(x, 0)[0, 0, 0, 0] - pair[0, 0, 0, 0], 0.01 * odds, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [DPS.released(step_size=4.0), DiffPIR(noise_std=0.05), PiGDM(noise_std=0.05)])
+def test_the_measured_example_is_found_among_all(guidance, g):
+    """A known blur and a finite set of images: the posterior is the image that was measured."""
+    scenes, k = dead_leaves(20, 16, seed=1), motion_kernels(1, 9, seed=1)
+    y = Blur()(scenes[[3, 11]], k) + 0.05 * torch.randn(2, 3, 16, 16, generator=g)
+    prior, blur = EmpiricalPrior(scenes, latent="image"), partial(Blur(), kernel=k)
+    run = sample(y, blur, {"image": prior}, steps=50, guidance=guidance)
+    torch.testing.assert_close(run.image, scenes[[3, 11]], atol=0.02, rtol=0)
+    alone = sample(y[1:], blur, {"image": prior}, steps=50, guidance=guidance)
+    torch.testing.assert_close(run.image[1:], alone.image, atol=1e-4, rtol=0)
+
+
+def test_exact_priors_of_image_and_kernel_run_in_parallel(g):
+    scenes, kernels = dead_leaves(8, 16, seed=1), blur_kernels(8, 9, seed=1)
+    y = Blur()(scenes[2:3], kernels[4:5]) + 0.02 * torch.randn(1, 3, 16, 16, generator=g)
+    priors = {"image": EmpiricalPrior(scenes, latent="image")}
+    priors["kernel"] = EmpiricalPrior(kernel_to_latent(kernels), latent="kernel")
+    run = sample(y, Blur(), priors, steps=100, guidance=DPS.released())
+    torch.testing.assert_close(run.kernel, kernels[4:5], atol=1e-3, rtol=0)
+    torch.testing.assert_close(run.image, scenes[2:3], atol=0.02, rtol=0)
+
+
 # ---------------------------------------------------------------------------------- published and foreign files
 
 
@@ -154,3 +273,31 @@ def test_bad_arguments():
         DiffusionPrior(net, "image")
     with pytest.raises(ValueError, match="latent"):
         UniformPrior("sound")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: GaussianPrior(0.0), "covariance, spectrum: expected exactly one"),
+        (lambda: GaussianPrior(0.0, spectrum=torch.ones(4, 3)), r"spectrum: expected shape \(C, H, W // 2 \+ 1\)"),
+        (lambda: GaussianPrior(0.0, spectrum=-torch.ones(1, 4, 3)), "spectrum: has a variance of -1"),
+        (lambda: GaussianPrior(torch.zeros(1, 4, 5), spectrum=torch.ones(1, 4, 3)), r"shape \(1, 4, 4\), got"),
+        (lambda: GaussianPrior(0.0, covariance=torch.eye(4)), "mean, covariance: expected shapes"),
+        (lambda: GaussianPrior(torch.zeros(1, 2, 2), covariance=torch.eye(3)), "mean, covariance: expected shapes"),
+        (lambda: GaussianPrior(torch.zeros(1, 1, 2), covariance=torch.tensor([[1.0, 1], [0, 1]])), "symmetric"),
+        (lambda: GaussianPrior(torch.zeros(1, 1, 2), covariance=-torch.eye(2)), "variance of -1"),
+        (lambda: EmpiricalPrior(torch.zeros(3, 8, 8)), r"means: expected shape \(M, C, H, W\), got \(3, 8, 8\)"),
+        (lambda: EmpiricalPrior(torch.full((2, 1, 2, 2), math.nan)), "means: has 8 values that are NaN"),
+        (lambda: EmpiricalPrior(torch.zeros(2, 1, 2, 2), latent="image"), "image has 3 channels, got 1"),
+        (lambda: EmpiricalPrior(torch.zeros(2, 1, 2, 2), latent="sound"), "latent: expected one of"),
+        (lambda: GaussianMixturePrior(torch.zeros(2, 1, 2, 2), -1.0), "std: expected numbers that are finite and"),
+        (lambda: GaussianMixturePrior(torch.zeros(2, 1, 2, 2), math.inf), "std: expected numbers that are finite and"),
+        (lambda: GaussianMixturePrior(torch.zeros(2, 1, 2, 2), torch.ones(3)), r"std: \(3,\) does not broadcast"),
+        (lambda: GaussianMixturePrior(torch.zeros(2, 1, 2, 2), weights=torch.ones(3)), "weights: expected 2 numbers"),
+        (lambda: GaussianMixturePrior(torch.zeros(2, 1, 2, 2), weights=torch.zeros(2)), "not all 0"),
+        (lambda: EmpiricalPrior(torch.zeros(2, 1, 2, 2)).denoise(torch.zeros(1, 1, 3, 3), 5), "x_t: expected shape"),
+    ],
+)
+def test_exact_priors_reject(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -65,7 +65,7 @@ def dense(prior, size):
 @pytest.mark.parametrize("t", [0, 50, 400, 999])
 def test_tweedie_on_a_gaussian(t, g):
     """denoise() is the posterior mean: against the score of the dense log density, by autograd."""
-    prior = GaussianPrior(spectrum(8), mean=0.2)
+    prior = GaussianPrior(0.2, spectrum=spectrum(8))
     x = torch.randn(1, 1, 8, 8, generator=g, dtype=torch.float64, requires_grad=True)
     a = prior.schedule.alpha_bar(t)
     covariance = a * dense(prior, 8) + (1 - a) * torch.eye(64, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_tweedie_on_a_gaussian(t, g):
 
 def test_dps_gradient_on_a_gaussian(g):
     """The guidance of one step, against J^T A^T r / |r| with the Jacobian J of the Wiener filter."""
-    prior, t = GaussianPrior(spectrum(16)), 300
+    prior, t = GaussianPrior(0.0, spectrum=spectrum(16)), 300
     k = motion_kernels(1, 9, seed=1)
     x, y, noise = (torch.randn(1, 1, 16, 16, generator=g) for _ in range(3))
     new, x0, norm = DPS(step_size=0.7, edges=(), settling=())(
@@ -102,7 +102,7 @@ def posterior_mean(prior, y, k, std):
 
 @pytest.mark.parametrize("guidance, steps", [(DPS.released(), 300), (DiffPIR(noise_std=0.05, strength=1.0), 50)])
 def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps, g):
-    prior, std = GaussianPrior(spectrum(16)), 0.05
+    prior, std = GaussianPrior(0.0, spectrum=spectrum(16)), 0.05
     k = motion_kernels(1, 7, seed=2)
     truth = torch.fft.irfft2(
         prior.spectrum.sqrt() * torch.fft.rfft2(torch.randn(1, 1, 16, 16, generator=g)), s=(16, 16)
@@ -116,7 +116,7 @@ def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps
 
 def test_unconditional_samples_have_the_priors_spectrum():
     """The ancestral chain alone, with an exact denoiser, must reproduce the variance of each frequency."""
-    prior = GaussianPrior(spectrum(16))
+    prior = GaussianPrior(0.0, spectrum=spectrum(16))
     run = sample(torch.zeros(1, 1, 16, 16), lambda image: 0 * image, {"image": prior}, steps=1000, samples=100)
     power = torch.fft.rfft2(run.image, norm="ortho").abs().square().mean((0, 1))
     ratio = power / prior.spectrum[0]

@@ -13,7 +13,7 @@ from blindlib import (
     linear_kernels,
     mnc,
     motion_kernels,
-    random_tilts,
+    tilt_fields,
 )
 
 MAKERS = [motion_kernels, linear_kernels, gaussian_kernels, defocus_kernels, blur_kernels]
@@ -30,7 +30,7 @@ def test_kernels_are_kernels(make, n, size, seed):
     assert (k.sum(2).squeeze(1) @ axis).abs().max() < 0.2 and (k.sum(3).squeeze(1) @ axis).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, random_tilts, kolmogorov_tilts])
+@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, tilt_fields, kolmogorov_tilts])
 def test_seeds(make):
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -131,20 +131,20 @@ def test_stronger_turbulence_and_a_wider_scene():
     assert rough > 4 * smooth
 
 
-def test_random_tilts_are_clipped_and_as_strong_at_every_size():
-    small, large = (random_tilts(4, size, strength=(0.5, 1.0), seed=2) for size in (64, 160))
+def test_tilt_fields_are_cut_and_as_strong_at_every_size():
+    small, large = (tilt_fields(4, size, strength=(0.5, 1.0), seed=2) for size in (64, 160))
     assert large.shape == (4, 2, 160, 160) and large.abs().max() <= 2.5
     assert large.std() == pytest.approx(small.std().item(), rel=0.15)
     assert large[..., :20].std() == pytest.approx(large.std().item(), rel=0.15)
-    assert random_tilts(1, 64, strength=(5.0, 5.0), clip=1.5, seed=0).abs().max() == 1.5
+    assert tilt_fields(1, 64, strength=(5.0, 5.0), max_tilt=1.5, seed=0).abs().max() == 1.5
 
 
 @pytest.mark.parametrize(
     "make, change, message",
     [
-        (random_tilts, dict(strength=(0.4, 0.1)), "strength: expected"),
-        (random_tilts, dict(smoothness=0), "smoothness: expected a positive"),
-        (random_tilts, dict(patches=0), "patches: expected a positive"),
+        (tilt_fields, dict(strength=(0.4, 0.1)), "strength: expected"),
+        (tilt_fields, dict(smoothness=0), "smoothness: expected a positive"),
+        (tilt_fields, dict(patches=0), "patches: expected a positive"),
         (kolmogorov_tilts, dict(d_r0=(2.0, 1.0)), "d_r0: expected"),
         (kolmogorov_tilts, dict(apertures=-1), "apertures: expected a positive"),
         (kolmogorov_tilts, dict(size=1), "n, size: expected"),
