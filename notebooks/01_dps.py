@@ -187,7 +187,7 @@ def circular_blur(image, kernel):
 
 
 def dps(y, kernel, prior, steps, step_size, seed):
-    times = prior.schedule.timesteps(steps)  # from T - 1 down to 0, evenly
+    times = prior.schedule.timesteps(steps)  # from T - 1 down to 0
     generator = torch.Generator().manual_seed(seed * 1_000_003)  # blindlib's choice: the same noise, the same answer
 
     def gaussian():

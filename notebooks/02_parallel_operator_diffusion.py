@@ -221,7 +221,7 @@ def to_simplex(kappa):
 
 def parallel_dps(y, image_prior, kernel_prior, steps, step_size, seed):
     schedule = image_prior.schedule
-    times = schedule.timesteps(steps)  # from T - 1 down to 0, evenly
+    times = schedule.timesteps(steps)  # from T - 1 down to 0
     generator = torch.Generator().manual_seed(seed * 1_000_003)  # blindlib's choice: the same noise, the same answer
 
     def gaussian(shape):
