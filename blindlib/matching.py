@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +32,8 @@ from blindlib.unet import UNet
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Images = Tensor | Sequence[Tensor]
 
-FLOW = dict(base_channels=24, multipliers=(1, 2, 2), groups=8)
-"""Settings of the default velocity net, 0.7 million parameters."""
+FLOW = dict(base_channels=16, multipliers=(1, 2, 2), groups=8)
+"""Settings of the default velocity net, 0.3 million parameters."""
 FLOW_STRIDE = 2 ** (len(FLOW["multipliers"]) - 1)
 """The side of a patch is a multiple of it."""
 
@@ -66,6 +67,16 @@ def operator_loss(difference: Tensor, y: Tensor) -> Tensor:
     (1 - t), this is, up to a weight for each t, the gradient of the divergence KL(simulated || measured).
     """
     return (difference.detach() * y).mean()
+
+
+def standard(y: Tensor) -> Tensor:
+    """Patches (B, C, H, W) less their mean, in units of their contrast (plus a little, for flat ones).
+
+    Scenes differ in brightness and contrast far more than blur changes them, and of a hundred clean scenes the contrast
+    is not known well. Two sets that are alike are alike in this form too, and in it every patch counts the same.
+    """
+    y = y - y.mean((1, 2, 3), keepdim=True)
+    return y / (y.square().mean((1, 2, 3), keepdim=True) + 0.05**2).sqrt()
 
 
 def simplex(theta: Tensor) -> Tensor:
@@ -147,7 +158,7 @@ def fit_flow(
     *,
     patch: int = 32,
     steps: int = 600,
-    batch: int = 64,
+    batch: int = 32,
     learning_rate: float = 1e-3,
     net: Mapping = FLOW,
     seed: int = 0,
@@ -157,8 +168,8 @@ def fit_flow(
 ) -> UNet:
     """Learn the velocity field of degraded images by flow matching (arXiv 2506.14605, step 1).
 
-    The path is ``x_t = (1 - t) noise + t y`` with t uniform, the net regresses ``y - noise``; what counts is the moving
-    average of its weights.
+    The path is ``x_t = (1 - t) noise + t y`` with t uniform and y a :func:`standard` patch, the net regresses ``y -
+    noise``; what counts is the moving average of its weights.
 
     Parameters
     ----------
@@ -167,7 +178,7 @@ def fit_flow(
         Side of the random patches that the net sees, a multiple of its stride. Larger than the kernel to be learned.
     steps, batch : int
     learning_rate : float
-        Of Adam, after a tenth of the steps; it falls to zero over the last third.
+        Of Adam; it rises over the first tenth of the steps and falls to zero over the last third.
     net : mapping
         Settings of the :class:`UNet`, without its channels.
     seed : int
@@ -188,6 +199,8 @@ def fit_flow(
         If images are no floating-point tensors.
     ValueError
         If shapes, sizes or values do not fit, or the folder holds another run.
+    ArithmeticError
+        If the run diverges.
     """
     images = _checked("degraded", degraded, patch)
     device = _device(device)
@@ -200,9 +213,9 @@ def fit_flow(
     run = _Run(folder, "flow", {**about, "degraded": _fingerprint(images)}, parts, device)
 
     for step in run.steps(steps, "flow matching", progress):
-        _set_rate(optimizer, learning_rate, step, steps, warm=0.1)
+        _set_rate(optimizer, learning_rate, step, steps)
         g = _generator(seed, 0, step)
-        y = _patches(images, batch, (patch, patch), g).to(device)
+        y = standard(_patches(images, batch, (patch, patch), g).to(device))
         loss = flow_loss(velocity(model), y, *_times_and_noise(y, g)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -223,10 +236,10 @@ def learn_operator(
     noise_std: float,
     kernel_size: int = 17,
     patch: int = 32,
-    steps: int = 400,
-    batch: int = 64,
-    learning_rate: float = 2e-3,
-    auxiliary_rate: float = 1e-4,
+    steps: int = 300,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    auxiliary_rate: float = 3e-4,
     centre: float = 0.01,
     compact: float = 0.0,
     flow: UNet | None = None,
@@ -239,9 +252,9 @@ def learn_operator(
 ) -> Learned:
     """Learn the kernel that makes ``clean`` images look like the ``degraded`` ones, which show other scenes.
 
-    Each step simulates measurements ``y = A(x) + noise`` of random clean patches, takes one flow-matching step of an
-    auxiliary velocity net on them, and moves the kernel along the difference of its velocity and that of the
-    degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net.
+    Each step simulates measurements ``A(x) + noise`` of random clean patches, in :func:`standard` form, takes one
+    flow-matching step of an auxiliary velocity net on them, and moves the kernel along the difference of its velocity
+    and that of the degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net.
 
     Parameters
     ----------
@@ -256,7 +269,8 @@ def learn_operator(
         Side of the kernel's window, at most ``patch``.
     patch, batch, steps : int
     learning_rate : float
-        Of the kernel's Adam (betas 0.5, 0.95), falling to zero over the last third of the steps.
+        Of the kernel's Adam (betas 0.5, 0.95); it rises over the first tenth of the steps, while the auxiliary net
+        catches up, and falls to zero over the last third.
     auxiliary_rate : float
         Of the auxiliary net's Adam.
     centre, compact : float
@@ -281,6 +295,8 @@ def learn_operator(
         If images are no floating-point tensors, or the operator is no :class:`Blur`.
     ValueError
         If shapes, sizes, values or settings do not fit, or the folder holds another run.
+    ArithmeticError
+        If the run diverges.
     """
     operator = Blur("valid") if operator is None else operator
     if not isinstance(operator, Blur):
@@ -311,7 +327,7 @@ def learn_operator(
     data = flow.to(device)
     auxiliary = copy.deepcopy(flow).train().requires_grad_(True)
     # A little above zero, where |theta| has no slope.
-    theta = torch.nn.Parameter((start.to(device) + 1e-4).clone())
+    theta = torch.nn.Parameter((start.to(device) + 1e-5).clone())
     optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=(0.5, 0.95))
     follower = torch.optim.Adam(auxiliary.parameters(), lr=auxiliary_rate)
     holder = torch.nn.ParameterDict({"kernel": theta})
@@ -328,7 +344,7 @@ def learn_operator(
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
         k = simplex(theta)
         y = operator(x, k)
-        y = y + noise_std * torch.randn(y.shape, generator=g).to(device)
+        y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
 
         x_t = between(y.detach(), t, noise)
         v = velocity(auxiliary)(x_t, t)
@@ -411,12 +427,12 @@ def retrieved_kernel(
         explore = i % 50 < 35 and i < iterations - 40
         x = torch.where(inside & (wanted > 0), wanted, x - 0.9 * wanted if explore else torch.zeros(()))
     error = (torch.fft.rfft2(x).abs() - magnitude).square().sum((1, 2))
-    near = x[error.argsort()[:8], :k, :k][:, None].clamp(min=0) + 1e-12
+    near = x[error.argsort()[: starts // 2], :k, :k][:, None].clamp(min=0) + 1e-12
     near = recentred(near / near.sum((2, 3), keepdim=True))
     candidates = torch.cat([near, near.flip(-2, -1)])
     images = _checked("degraded", degraded, side)[:100]
-    edges = [sum(float(_edges(y, one)) for y in images) for one in candidates[:, None]]
-    return candidates[edges.index(min(edges))][None]
+    edges = torch.stack([sum(_edges(y, one) for y in images) for one in candidates])
+    return candidates[edges.argmin()][None]
 
 
 def _edges(y: Tensor, kernel: Tensor) -> Tensor:
@@ -435,9 +451,9 @@ def _magnitude(clean: Images, degraded: Images, noise_std: float, kernel_size: i
     _check_noise(noise_std)
     xs, ys = (_checked(n, v, 2 * kernel_size - 1) for n, v in (("clean", clean), ("degraded", degraded)))
     side = min(4 * kernel_size, *(min(x.shape[-2:]) for x in [*xs, *ys]))
-    px, py = (_power_spectrum(images, side) for images in (xs, ys))
-    # Where the clean images have less power than the noise the ratio says nothing.
-    magnitude = ((py - noise_std**2).clamp(min=0) / px.clamp(min=noise_std**2 + 1e-8)).sqrt()
+    (px, _), (py, noise) = _power_spectrum(xs, side, 0.0), _power_spectrum(ys, side, noise_std)
+    # The share of the signal in what was measured: frequencies that are mostly noise count little.
+    magnitude = (py / px.clamp(min=1e-8) * py / (py + noise + 1e-8)).sqrt()
     magnitude[0, 0] = 1  # the kernel's sum; of the images only the means were left there, and they were taken out
     return magnitude
 
@@ -446,27 +462,33 @@ def _inverse(spectrum: Tensor) -> Tensor:
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2],) * 2)
 
 
-def _power_spectrum(images: list[Tensor], side: int) -> Tensor:
-    """Mean periodogram (side, side // 2 + 1) of half-overlapping squares under a Hann window (Welch's method).
+def _power_spectrum(images: list[Tensor], side: int, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Mean periodogram (side, side // 2 + 1) of half-overlapping squares under a Hann window: without noise, and of it.
 
-    That of white noise is its variance.
+    Each square counts in units of its own power at the lowest frequencies, which a blur leaves alone: scenes differ so
+    much in contrast that of a hundred a plain mean would show a few.
     """
     window = torch.hann_window(side + 2)[1:-1]
     window = window[:, None] * window
-    total, count = torch.zeros(side, side // 2 + 1), 0
+    low = torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side) ** 2
+    low = (low > 0) & (low < (2.6 / side) ** 2)
+    total, noise, count = torch.zeros(side, side // 2 + 1), torch.zeros(()), 0
     for x in images:
         tiles = x.cpu().unfold(1, side, max(1, side // 2)).unfold(2, side, max(1, side // 2)).flatten(0, 2)
         tiles = (tiles - tiles.mean((1, 2), keepdim=True)) * window
-        total += torch.fft.rfft2(tiles).abs().square().sum(0)
+        power = torch.fft.rfft2(tiles).abs().square() / window.square().sum()
+        weight = 1 / (power[:, low].mean(1) + 1e-3)
+        total += (power * weight[:, None, None]).sum(0)
+        noise += noise_std**2 * weight.sum()
         count += len(tiles)
-    return total / count / window.square().sum()
+    return (total - noise).clamp(min=0) / count, noise / count
 
 
 class _Run:
     """The loop of a run: its steps, what it records, and, in a folder, its state, from which it can go on."""
 
     def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, device: torch.device) -> None:
-        self.about, self.parts = about, parts
+        self.name, self.about, self.parts = name, about, parts
         self.done, self.seconds = 0, 0.0
         self.kept: dict[str, list] = {}
         self.sums: dict[str, list] = {}
@@ -487,12 +509,12 @@ class _Run:
 
     def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
         """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
-        began = saved = time.monotonic()
-        before = self.seconds
+        saved = time.monotonic()
         self.bar = trange(self.done, steps, desc=title, initial=self.done, total=steps, disable=not progress)
         for step in self.bar:
+            began = time.monotonic()
             yield step
-            self.seconds = before + time.monotonic() - began
+            self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
             if self.path and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
                 state = {key: part.state_dict() for key, part in self.parts.items()}
                 state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
@@ -500,10 +522,15 @@ class _Run:
                 saved = time.monotonic()
 
     def note(self, **values: Tensor) -> None:
-        """Count ``values`` into the means that the next :meth:`keep` takes."""
+        """Count ``values`` into the means that the next :meth:`keep` takes; a NaN ends the run before it is saved."""
         for key, value in values.items():
             total, n = self.sums.get(key, [0.0, 0])
             self.sums[key] = [total + float(value.detach()), n + 1]
+            if not math.isfinite(self.sums[key][0]):
+                raise ArithmeticError(
+                    f"{self.name}: diverged at step {self.bar.n + 1}, where the {key} is no number; take smaller "
+                    "learning rates"
+                )
 
     def keep(self, **values: Tensor | float) -> None:
         """Record ``values`` and the means since the last time; show the numbers."""
@@ -527,11 +554,10 @@ def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int) -> UNet
     return net
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, *, warm: float = 0.0) -> None:
-    """Up over the share ``warm`` of all steps, down to zero over the last third."""
-    up = min(1.0, (step + 1) / (warm * steps)) if warm else 1.0
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
+    """Up over the first tenth of all steps, down to zero over the last third."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * up * min(1.0, 3 * (1 - step / steps))
+        group["lr"] = rate * min(1.0, 10 * (step + 1) / steps, 3 * (1 - step / steps))
 
 
 def _generator(seed: int, phase: int, step: int) -> torch.Generator:

@@ -29,6 +29,7 @@ from blindlib.matching import (
     simplex,
     spectrum_kernel,
     spread,
+    standard,
     velocity,
 )
 from blindlib.operators import otf
@@ -68,14 +69,23 @@ def test_the_exact_velocity_minimises_the_flow_loss(g):
 
 def test_a_net_learns_the_velocity_of_a_gaussian(g):
     images = 0.3 + 0.5 * torch.randn(64, 1, 32, 32, generator=g)
-    net = fit_flow(images, patch=8, steps=200, batch=32, learning_rate=5e-3, net=TINY, seed=0)
+    net = fit_flow(images, patch=12, steps=200, batch=16, learning_rate=5e-3, net=TINY, seed=0)
     t = torch.linspace(0.05, 0.95, 256)
-    y, noise = 0.3 + 0.5 * torch.randn(256, 1, 8, 8, generator=g), torch.randn(256, 1, 8, 8, generator=g)
+    y, noise = standard(0.3 + 0.5 * torch.randn(256, 1, 12, 12, generator=g)), torch.randn(256, 1, 12, 12, generator=g)
     x_t = between(y, t, noise)
-    exact = gaussian_velocity(0.3, 0.25, x_t, t)
+    exact = gaussian_velocity(0.0, 0.25 / (0.25 + 0.05**2), x_t, t)  # but for the two numbers that standard() fixes
     error = (velocity(net)(x_t, t) - exact).square().mean() / exact.var()
-    assert error < 0.05, f"{error:.3f} of the velocity's variance is wrong"
+    assert error < 0.06, f"{error:.3f} of the velocity's variance is wrong"
     assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_standard_patches_have_no_brightness_and_one_contrast(g):
+    y = torch.randn(3, 2, 8, 8, generator=g)
+    out = standard(torch.cat([y, 0.5 * y + 0.2, torch.zeros_like(y)]))
+    torch.testing.assert_close(out.mean((1, 2, 3)), torch.zeros(9), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out[:3], out[3:6], atol=0.03, rtol=0)
+    torch.testing.assert_close(out[:3].square().mean((1, 2, 3)), torch.ones(3), atol=0.01, rtol=0)
+    assert not out[6:].any()
 
 
 @pytest.mark.parametrize("t", [0.3, 0.7])
@@ -160,9 +170,10 @@ def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
     clean, degraded, k = sets
     found = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
-    assert mnc(found, k) > max(0.9, float(mnc(k.flip(-2, -1), k)) + 0.03)
+    other = k.flip(-2, -1)
+    assert mnc(found, k) > max(0.85, float(mnc(found, other)) + 0.05)
     turned = retrieved_kernel(clean, degraded.flip(-2, -1), noise_std=0.02, kernel_size=7)
-    assert mnc(turned, k.flip(-2, -1)) > max(0.9, float(mnc(k.flip(-2, -1), k)) + 0.03)
+    assert mnc(turned, other) > max(0.8, float(mnc(turned, k)) + 0.05)
 
 
 # ------------------------------------------------------------------------------------------------ the whole thing
@@ -289,6 +300,12 @@ def test_a_flow_that_does_not_fit(sets):
         tiny(clean, degraded, flow=flow)
     with pytest.raises(ValueError, match="patch: expected a multiple of the net's stride, 4, got 10"):
         fit_flow(degraded, patch=10, steps=1)
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_state(sets, tmp_path):
+    with pytest.raises(ArithmeticError, match=r"flow: diverged at step \d+, .* take smaller learning rates"):
+        fit_flow(sets[1], patch=8, steps=9, batch=4, net=TINY, learning_rate=1e30, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- the command line
