@@ -4,7 +4,8 @@ Many degraded images, a few other clean ones, and the operator's form are known;
 when clean images, degraded by the operator, cannot be told from the degraded ones. What tells them apart is the
 velocity field of a flow from noise to images: one network learns that of the measured images (:func:`fit_flow`), a
 second one, which starts as a copy, follows that of the simulated ones, and their difference says how to change the
-operator (:func:`learn_operator`).
+operator (:func:`learn_operator`). It starts from the power spectra of the two sets, by phase retrieval
+(:func:`retrieved_kernel`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def velocity(net: UNet) -> Velocity:
 def flow_loss(field: Velocity, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Flow matching: squared error of ``field`` at x_t against ``y - noise``, mean over pixels, (B,).
 
-    The field that minimises its mean is ``E[y - noise | x_t]`` (arXiv 2210.02747, eq. 23, on straight paths).
+    The field that minimises its mean is ``E[y - noise | x_t]`` (arXiv 2210.02747, on its straight paths).
     """
     return (field(between(y, t, noise), t) - (y - noise)).square().mean((1, 2, 3))
 
@@ -437,7 +438,7 @@ def retrieved_kernel(
     near = x[error.argsort()[: starts // 2], :k, :k][:, None].clamp(min=0) + 1e-12
     near = recentred(near / near.sum((2, 3), keepdim=True))
     candidates = torch.cat([near, near.flip(-2, -1)])
-    images = _checked("degraded", degraded, side)[:100]
+    images = [y[:, : 8 * k, : 8 * k] for y in _checked("degraded", degraded, side)[:100]]
     edges = torch.stack([sum(_edges(y, one) for y in images) for one in candidates])
     return candidates[edges.argmin()][None]
 
