@@ -2,6 +2,7 @@
 
 from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
+from blindlib.matching import Learned, fit_flow, learn_operator, load_operator, retrieved_kernel, spectrum_kernel
 from blindlib.metrics import mnc, psnr
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
@@ -38,6 +39,7 @@ __all__ = [
     "EmpiricalPrior",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "Learned",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",
@@ -52,16 +54,21 @@ __all__ = [
     "defocus_kernels",
     "diffusion_em",
     "fast_em",
+    "fit_flow",
     "fit_kernel",
     "gaussian_kernels",
     "kolmogorov_tilts",
+    "learn_operator",
     "linear_kernels",
+    "load_operator",
     "load_prior",
     "mnc",
     "motion_kernels",
     "prior_denoiser",
     "psnr",
+    "retrieved_kernel",
     "sample",
+    "spectrum_kernel",
     "tilt_fields",
 ]
 __version__ = "0.1.0"

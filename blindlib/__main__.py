@@ -1,12 +1,17 @@
-"""Command line: ``python -m blindlib deblur photo.jpg --out sharp.png``."""
+"""Command line: ``python -m blindlib deblur photo.jpg --out sharp.png``, and ``learn-operator``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from blindlib.deblur import check_output, deblur, write_image
+import torch
+from torch import Tensor
+
+from blindlib.deblur import check_output, deblur, estimate_noise, read_image, write_image
+from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,47 +20,147 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m blindlib", description="Blind inverse problems with diffusion models."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+
     p = commands.add_parser("deblur", help="sharpen a photograph blurred by an unknown motion, shake or defocus")
+    p.set_defaults(run=_deblur)
     p.add_argument("photo", type=Path)
     p.add_argument("--out", type=Path, required=True, help="where to write the sharp photograph; never over the input")
     p.add_argument("--kernel-out", type=Path, help="write the kernel as a picture too")
+    p.add_argument(
+        "--operator", type=Path, help="undo this blur, which learn-operator found, at the photograph's full size"
+    )
     p.add_argument("--steps", type=int, help="of the parallel diffusion (default: as blindlib.deblur)")
     p.add_argument(
         "--noise-std", type=float, help="of the photograph's noise on the [-1, 1] scale (default: estimated)"
     )
-    p.add_argument(
-        "--max-size", type=int, default=1024, help="longer side to work at, 0 for full (default: %(default)s)"
-    )
+    p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--quiet", action="store_true")
+
+    q = commands.add_parser(
+        "learn-operator",
+        help="learn a blur from a folder of photographs with it and a folder of other, sharp ones",
+    )
+    q.set_defaults(run=_learn_operator)
+    q.add_argument("--clean", type=Path, required=True, help="folder of sharp photographs, a hundred will do")
+    q.add_argument("--degraded", type=Path, required=True, help="folder of photographs with the blur, many")
+    q.add_argument("--out", type=Path, required=True, help="the operator, a .safetensors file for deblur --operator")
+    q.add_argument("--kernel-out", type=Path, help="write the kernel as a picture too")
+    q.add_argument("--kernel-size", type=int, default=17, help="side of the kernel's window (default: %(default)s)")
+    q.add_argument("--noise-std", type=float, help="of the degraded photographs, averaged to grey (default: estimated)")
+    q.add_argument("--flow-steps", type=int, help="of flow matching (default: as blindlib.fit_flow)")
+    q.add_argument("--steps", type=int, help="of the operator (default: as blindlib.learn_operator)")
+    q.add_argument("--batch", type=int, help="patches a step (default: as there)")
+    q.add_argument("--crop", type=int, default=512, help="side of the part used of larger photographs (default: 512)")
+    q.add_argument("--folder", type=Path, help="where the run is saved, to be resumed (default: OUT with suffix .run)")
+
+    for command in (p, q):
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", default="auto")
+        command.add_argument("--quiet", action="store_true")
     a = parser.parse_args(argv)
     try:
-        for out in (a.out, a.kernel_out):
-            if out is not None and out.exists() and a.photo.exists() and out.samefile(a.photo):
-                raise ValueError(f"out: {out} is the photograph itself; name another file")
-            if out is not None:
-                check_output(out)
-        chosen = {name: value for name in ("steps", "crop") if (value := getattr(a, name)) is not None}
-        result = deblur(
-            a.photo,
-            noise_std=a.noise_std,
-            max_size=a.max_size or None,
-            seed=a.seed,
-            device=a.device,
-            progress=not a.quiet,
-            **chosen,
-        )
-        result.save(a.out)
-        if a.kernel_out is not None:
-            write_image(2 * result.kernel / result.kernel.max() - 1, a.kernel_out)
+        done = a.run(a)
     except (OSError, ValueError, TypeError, ArithmeticError) as error:
         print(f"blindlib: {error}", file=sys.stderr)
         return 2
     if not a.quiet:
-        print(f"{a.out}: done in {result.figures['seconds']:.0f} s")
+        print(done)
     return 0
+
+
+def _deblur(a: argparse.Namespace) -> str:
+    for out in (a.out, a.kernel_out):
+        if out is not None and out.exists() and a.photo.exists() and out.samefile(a.photo):
+            raise ValueError(f"out: {out} is the photograph itself; name another file")
+        if out is not None:
+            check_output(out)
+    chosen = _given(a, "steps", "crop")
+    if a.operator is not None:
+        if a.max_size:
+            raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
+        chosen["kernel"], a.max_size = load_operator(a.operator), 0
+    max_size = 1024 if a.max_size is None else a.max_size
+    result = deblur(
+        a.photo,
+        noise_std=a.noise_std,
+        max_size=max_size or None,
+        seed=a.seed,
+        device=a.device,
+        progress=not a.quiet,
+        **chosen,
+    )
+    result.save(a.out)
+    if a.kernel_out is not None:
+        _write_kernel(result.kernel, a.kernel_out)
+    return f"{a.out}: done in {result.figures['seconds']:.0f} s"
+
+
+def _learn_operator(a: argparse.Namespace) -> str:
+    if a.out.suffix != ".safetensors" or not a.out.parent.is_dir():
+        raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
+    if a.kernel_out is not None:
+        check_output(a.kernel_out)
+    say = (lambda line: None) if a.quiet else print
+    patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
+    clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, seed=a.seed, say=say)
+    degraded = read_folder(
+        a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=a.crop, seed=a.seed, say=say
+    )
+    noise_std = a.noise_std
+    if noise_std is None:
+        noise_std = float(torch.tensor([estimate_noise(y[None]) for y in degraded]).median())
+    say(f"{len(clean)} clean and {len(degraded)} degraded photographs, noise {noise_std:.3f}")
+    folder = a.folder or a.out.with_suffix(".run")
+    common = dict(patch=patch, seed=a.seed, folder=folder, device=a.device, progress=not a.quiet)
+    common |= _given(a, "batch")
+    flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
+    flow = fit_flow(degraded, **common, **flow_steps)
+    found = learn_operator(
+        clean, degraded, noise_std=noise_std, kernel_size=a.kernel_size, flow=flow, **common, **_given(a, "steps")
+    )
+    found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
+    if a.kernel_out is not None:
+        _write_kernel(found.kernel, a.kernel_out)
+    return f"{a.out}: done; python -m blindlib deblur PHOTO --operator {a.out} --out SHARP undoes it"
+
+
+def read_folder(
+    folder: Path, name: str, *, least: int, crop: int, seed: int, say: Callable[[str], None]
+) -> list[Tensor]:
+    """The photographs of a folder as grey images (1, H, W) in [-1, 1]; what is no picture or too small is skipped.
+
+    Grey is the mean of the colours: blur commutes with it, and noise gets less. Of a photograph larger than ``crop`` a
+    random part is taken, never a smaller copy, for which the blur would be another one.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
+    if crop < least:
+        raise ValueError(f"crop: expected at least {least}, got {crop}")
+    g = torch.Generator().manual_seed(seed)
+    images = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        try:
+            x = read_image(path)[0].mean(0, keepdim=True)
+        except (ValueError, OSError) as error:
+            say(f"skipped: {error}")
+            continue
+        if min(x.shape[1:]) < least:
+            say(f"skipped: {str(path)!r} has {x.shape[2]}x{x.shape[1]} pixels, {least}x{least} are needed")
+            continue
+        top, left = (int(torch.randint(max(side - crop, 0) + 1, (), generator=g)) for side in x.shape[1:])
+        images.append(x[:, top : top + crop, left : left + crop].clone())
+    if not images:
+        raise ValueError(f"{name}: no photograph of at least {least}x{least} pixels in {str(folder)!r}")
+    return images
+
+
+def _write_kernel(kernel: Tensor, path: Path) -> None:
+    write_image(2 * kernel / kernel.max() - 1, path)
+
+
+def _given(a: argparse.Namespace, *names: str) -> dict:
+    """The options that were given; the rest have their defaults where they are used."""
+    return {name: value for name in names if (value := getattr(a, name)) is not None}
 
 
 if __name__ == "__main__":

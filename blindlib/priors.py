@@ -438,7 +438,7 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
             f"{', '.join(shipped_priors())}). The published checkpoints (ffhq_10m.pt, kernel.pt, tilt.pt) are linked "
             "from https://github.com/BlindDPS/blind-dps; download one and give its path."
         )
-    about, state = _read(path)
+    about, state = read_checkpoint(path)
     try:
         if about is None:
             net = UNet.from_state_dict(state)
@@ -461,7 +461,7 @@ def shipped_priors() -> list[str]:
     return sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
 
 
-def _read(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
+def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     """Metadata (if blindlib wrote the file) and state dict of a checkpoint, without running anything in it."""
     try:
         if path.suffix == ".safetensors":

@@ -186,9 +186,7 @@ def train(
         losses.clear()
         state = dict(name=name, net=_plain(net.config), step=step, seconds=history[-1][1], history=history)
         state.update(weights=net.state_dict(), mean=mean.state_dict(), optimizer=optimizer.state_dict())
-        part = state_file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(state_file)
+        save_whole(state, state_file)
         prior.save(folder / f"{name}.safetensors", card(history))
         report(prior, recipe, history, folder)
         shown = " ".join(f"{v:.2f}" for v in history[-1][3:])
@@ -236,6 +234,13 @@ def _signals_noted() -> Iterator[list]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """``torch.save``, whole or not at all."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 @torch.no_grad()

@@ -1,0 +1,635 @@
+"""Learning an operator from unpaired images by distribution matching (DDM4IP, arXiv 2506.14605).
+
+Many degraded images, a few other clean ones, and the operator's form are known; its parameters are not. They are right
+when clean images, degraded by the operator, cannot be told from the degraded ones. What tells them apart is the
+velocity field of a flow from noise to images: one network learns that of the measured images (:func:`fit_flow`), a
+second one, which starts as a copy, follows that of the simulated ones, and their difference says how to change the
+operator (:func:`learn_operator`). It starts from the power spectra of the two sets, by phase retrieval
+(:func:`retrieved_kernel`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from tqdm import trange
+
+from blindlib.metrics import mnc, recentred
+from blindlib.operators import Blur, otf
+from blindlib.priors import read_checkpoint
+from blindlib.train import moving_average, save_whole
+from blindlib.unet import UNet
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Images = Tensor | Sequence[Tensor]
+
+FLOW = dict(base_channels=16, multipliers=(1, 2, 2), groups=8)
+"""Settings of the default velocity net, 0.3 million parameters."""
+FLOW_STRIDE = 2 ** (len(FLOW["multipliers"]) - 1)
+"""The side of a patch is a multiple of it."""
+
+SECONDS_BETWEEN_SAVES = 60
+
+
+def between(y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """The flow's path ``x_t = (1 - t) noise + t y`` from noise to images ``y`` (B, C, H, W); ``t`` (B,) in [0, 1]."""
+    t = t.reshape(-1, 1, 1, 1)
+    return (1 - t) * noise + t * y
+
+
+def velocity(net: UNet) -> Velocity:
+    """``net`` as a velocity field ``v(x_t, t)``, ``t`` (B,) in [0, 1]: the net counts a thousand steps in that time."""
+    return lambda x_t, t: net(x_t, 1000 * t)
+
+
+def flow_loss(field: Velocity, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Flow matching: squared error of ``field`` at x_t against ``y - noise``, mean over pixels, (B,).
+
+    The field that minimises its mean is ``E[y - noise | x_t]`` (arXiv 2210.02747, on its straight paths).
+    """
+    return (field(between(y, t, noise), t) - (y - noise)).square().mean((1, 2, 3))
+
+
+def operator_loss(difference: Tensor, y: Tensor) -> Tensor:
+    """What an operator step lowers: ``mean(difference * y)``, ``difference`` taken as constant.
+
+    Its gradient with respect to the simulated images ``y`` (B, C, H, W) is the difference of the two velocities at
+    x_t, that of the simulated images minus that of the measured ones. As a velocity v goes with the score (t v - x_t) /
+    (1 - t), this is, up to a weight for each t, the gradient of the divergence KL(simulated || measured).
+    """
+    return (difference.detach() * y).mean()
+
+
+def standard(y: Tensor) -> Tensor:
+    """Patches (B, C, H, W) less their mean, in units of their contrast (plus a little, for flat ones).
+
+    Scenes differ in brightness and contrast far more than blur changes them, and of a hundred clean scenes the contrast
+    is not known well. Two sets that are alike are alike in this form too, and in it every patch counts the same.
+    """
+    y = y - y.mean((1, 2, 3), keepdim=True)
+    return y / (y.square().mean((1, 2, 3), keepdim=True) + 0.05**2).sqrt()
+
+
+def simplex(theta: Tensor) -> Tensor:
+    """Free parameters (..., K, L) to kernels ``|theta| / sum |theta|``: non-negative, of sum one."""
+    return theta.abs() / theta.abs().sum((-2, -1), keepdim=True)
+
+
+def off_centre(kernel: Tensor) -> Tensor:
+    """Squared distance, in pixels, of the centre of mass of kernels (..., K, L) from pixel ``K // 2``; shape (...)."""
+    y, x = _offsets(kernel)
+    return (kernel * y).sum((-2, -1)).square() + (kernel * x).sum((-2, -1)).square()
+
+
+def spread(kernel: Tensor) -> Tensor:
+    """Mean squared distance, in pixels, of kernels (..., K, L) from their centre of mass; shape (...)."""
+    y, x = _offsets(kernel)
+    return (kernel * (y**2 + x**2)).sum((-2, -1)) - off_centre(kernel)
+
+
+def _offsets(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    k, l = kernel.shape[-2:]
+    grid = [torch.arange(n, device=kernel.device, dtype=kernel.dtype) - n // 2 for n in (k, l)]
+    return grid[0][:, None], grid[1][None, :]
+
+
+@dataclass
+class Learned:
+    """What :func:`learn_operator` returns.
+
+    Attributes
+    ----------
+    kernel : Tensor, shape (1, 1, K, K)
+        On the CPU, non-negative, of sum one, its centre of mass near pixel ``K // 2``.
+    flow : UNet
+        The velocity net of the degraded images as it was at the start; another run on the same images can take it over.
+    history : dict of Tensor
+        Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
+        falls to a floor as the two sets become alike); ``kernel`` (n, 1, K, K); ``mnc``, where the truth was given.
+    seconds : float
+        Of the operator steps, those of earlier sessions included.
+    """
+
+    kernel: Tensor
+    flow: UNet
+    history: dict[str, Tensor]
+    seconds: float
+
+    def save(self, path: str | Path, note: str = "") -> None:
+        """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        about = dict(operator="Blur", boundary="valid", note=note)
+        part.write_bytes(to_bytes({"kernel": self.kernel.contiguous()}, metadata={"blindlib": json.dumps(about)}))
+        part.replace(path)
+
+
+def load_operator(path: str | Path) -> Tensor:
+    """The kernel (1, 1, K, K) of a file that :meth:`Learned.save` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is truncated, or holds no operator.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"operator: no file {str(path)!r}")
+    about, state = read_checkpoint(path)
+    kernel = state.get("kernel")
+    if about is None or about.get("operator") != "Blur" or kernel is None or kernel.shape[:2] != (1, 1):
+        raise ValueError(f"operator: {str(path)!r} holds no operator; make one with learn-operator")
+    return kernel
+
+
+def fit_flow(
+    degraded: Images,
+    *,
+    patch: int = 32,
+    steps: int = 600,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    net: Mapping = FLOW,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: str | torch.device = "auto",
+    progress: bool = False,
+) -> UNet:
+    """Learn the velocity field of degraded images by flow matching (arXiv 2506.14605, step 1).
+
+    The path is ``x_t = (1 - t) noise + t y`` with t uniform and y a :func:`standard` patch, the net regresses ``y -
+    noise``; what counts is the moving average of its weights.
+
+    Parameters
+    ----------
+    degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
+    patch : int
+        Side of the random patches that the net sees, a multiple of its stride. Larger than the kernel to be learned.
+    steps, batch : int
+    learning_rate : float
+        Of Adam; it rises over the first tenth of the steps and falls to zero over the last third.
+    net : mapping
+        Settings of the :class:`UNet`, without its channels.
+    seed : int
+    folder : str or Path, optional
+        Where the run is saved about once a minute, whole or not at all; the same call goes on from there.
+    device : str or torch.device
+        ``"auto"``: a GPU where there is one.
+    progress : bool
+
+    Returns
+    -------
+    UNet
+        In evaluation mode, without gradients; ``velocity(net)`` is the field.
+
+    Raises
+    ------
+    TypeError
+        If images are no floating-point tensors.
+    ValueError
+        If shapes, sizes or values do not fit, or the folder holds another run.
+    ArithmeticError
+        If the run diverges.
+    """
+    images = _checked("degraded", degraded, patch)
+    device = _device(device)
+    _check_counts(steps=steps, batch=batch, patch=patch)
+    model = _seeded_net(net, len(images[0]), patch, seed).to(device)
+    mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    parts = dict(model=model, mean=mean, optimizer=optimizer)
+    about = dict(batch=batch, learning_rate=learning_rate, net=repr(model.config), patch=patch, seed=seed)
+    run = _Run(folder, "flow", {**about, "degraded": _fingerprint(images)}, parts, device)
+
+    for step in run.steps(steps, "flow matching", progress):
+        _set_rate(optimizer, learning_rate, step, steps)
+        g = _generator(seed, 0, step)
+        y = standard(_patches(images, batch, (patch, patch), g).to(device))
+        loss = flow_loss(velocity(model), y, *_times_and_noise(y, g)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean.update_parameters(model)
+        run.note(loss=loss)
+        if (step + 1) % max(1, steps // 40) == 0:
+            run.keep()
+    return mean.module.eval().requires_grad_(False)
+
+
+def learn_operator(
+    clean: Images,
+    degraded: Images,
+    operator: Blur | None = None,
+    *,
+    noise_std: float,
+    kernel_size: int = 17,
+    patch: int = 32,
+    steps: int = 200,
+    batch: int = 32,
+    learning_rate: float = 5e-4,
+    flow_rate: float = 3e-4,
+    centre: float = 0.01,
+    compact: float = 0.0,
+    flow: UNet | None = None,
+    start: Tensor | None = None,
+    truth: Tensor | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: str | torch.device = "auto",
+    progress: bool = False,
+) -> Learned:
+    """Learn the kernel that makes ``clean`` images look like the ``degraded`` ones, which show other scenes.
+
+    Each step simulates measurements ``A(x) + noise`` of random clean patches, in :func:`standard` form, takes one
+    flow-matching step of an auxiliary velocity net on them, and moves the kernel along the difference of its velocity
+    and that of the degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net.
+
+    Unlike the paper's, the net of the degraded images goes on learning, in step with the auxiliary one. After minutes
+    of training no net is at its end; without this, what the auxiliary one goes on to learn would pass for a difference
+    of the images.
+
+    Parameters
+    ----------
+    clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
+        Sizes may differ, channels not. A clean image has to be as large as a patch and the kernel around it, a
+        degraded one as a patch and as the kernel's autocorrelation, ``2 kernel_size - 1``.
+    operator : Blur, optional
+        With the boundary ``"valid"``, the only one under which a patch is as the whole image is; also the default.
+    noise_std : float
+        Of the degraded images, on the [-1, 1] scale.
+    kernel_size : int
+        Side of the kernel's window, at most ``patch``.
+    patch, batch, steps : int
+    learning_rate : float
+        Of the kernel's Adam (betas 0.5, 0.95); it rises over the first tenth of the steps, while the auxiliary net
+        catches up, and falls to zero over the last third.
+    flow_rate : float
+        Of the two nets' Adam.
+    centre, compact : float
+        Weights of :func:`off_centre` and :func:`spread`. Matching cannot tell a kernel from its shifted self, so the
+        first has to be positive. (The paper's mean absolute value is constant for kernels of sum one.)
+    flow : UNet, optional
+        From :func:`fit_flow` on the same degraded images and patches; default: it is called.
+    start : Tensor, shape (1, 1, K, K), optional
+        Kernel to start from; default: :func:`retrieved_kernel`'s.
+    truth : Tensor, shape (1, 1, L, L), optional
+        The true kernel, for the MNC in progress and history; it does not change the run.
+    seed, folder, device, progress
+        As of :func:`fit_flow`.
+
+    Returns
+    -------
+    Learned
+
+    Raises
+    ------
+    TypeError
+        If images are no floating-point tensors, or the operator is no :class:`Blur`.
+    ValueError
+        If shapes, sizes, values or settings do not fit, or the folder holds another run.
+    ArithmeticError
+        If the run diverges.
+    """
+    operator = Blur("valid") if operator is None else operator
+    if not isinstance(operator, Blur):
+        raise TypeError(f"operator: expected a Blur, got {type(operator).__name__}")
+    if operator.boundary != "valid":
+        raise ValueError(f"operator: expected the boundary 'valid', got {operator.boundary!r}; patches have no other")
+    _check_counts(steps=steps, batch=batch, patch=patch, kernel_size=kernel_size)
+    if kernel_size > patch:
+        raise ValueError(f"kernel_size: a kernel of {kernel_size} pixels is larger than the patch, {patch}")
+    _check_noise(noise_std)
+    if centre <= 0 or compact < 0:
+        raise ValueError(f"centre, compact: expected a positive and a non-negative weight, got {centre}, {compact}")
+    scene = (patch + kernel_size - 1,) * 2
+    xs = _checked("clean", clean, scene[0])
+    ys = _checked("degraded", degraded, patch if start is not None else max(patch, 2 * kernel_size - 1))
+    if len(xs[0]) != len(ys[0]):
+        raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
+    device = _device(device)
+    if start is None:
+        start = retrieved_kernel(xs, ys, noise_std=noise_std, kernel_size=kernel_size, seed=seed)
+    if start.shape != (1, 1, kernel_size, kernel_size):
+        raise ValueError(f"start: expected shape (1, 1, {kernel_size}, {kernel_size}), got {tuple(start.shape)}")
+    if flow is None:
+        flow = fit_flow(ys, patch=patch, seed=seed, folder=folder, device=device, progress=progress)
+    if flow.in_channels != len(ys[0]):
+        raise ValueError(f"flow: a net of {flow.in_channels} channels, the images have {len(ys[0])}")
+
+    data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
+    # A little above zero, where |theta| has no slope.
+    theta = torch.nn.Parameter((start.to(device) + 1e-5).clone())
+    optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=(0.5, 0.95))
+    nets = torch.nn.ModuleDict({"data": data, "auxiliary": auxiliary})
+    follower = torch.optim.Adam(nets.parameters(), lr=flow_rate)
+    holder = torch.nn.ParameterDict({"kernel": theta})
+    parts = dict(kernel=holder, nets=nets, optimizer=optimizer, follower=follower)
+    about = dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact, kernel_size=kernel_size)
+    about |= dict(learning_rate=learning_rate, noise_std=noise_std, patch=patch, seed=seed, start=_fingerprint(start))
+    about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
+    run = _Run(folder, "operator", about, parts, device)
+
+    for step in run.steps(steps, "learning the operator", progress):
+        _set_rate(optimizer, learning_rate, step, steps)
+        g = _generator(seed, 1, step)
+        x = _patches(xs, batch, scene, g).to(device)
+        t, noise = _times_and_noise(x[..., :patch, :patch], g)
+        k = simplex(theta)
+        y = operator(x, k)
+        y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
+
+        x_t = between(y.detach(), t, noise)
+        v = velocity(auxiliary)(x_t, t)
+        with torch.no_grad():
+            difference = v - velocity(data)(x_t, t)
+        loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        follower.zero_grad(set_to_none=True)
+        measured = standard(_patches(ys, batch, (patch, patch), g).to(device))
+        (v - (y.detach() - noise)).square().mean().backward()
+        flow_loss(velocity(data), measured, t, noise).mean().backward()
+        for net in (data, auxiliary):
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        follower.step()
+        run.note(gap=difference.square().mean())
+        if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
+            now = simplex(theta.detach()).cpu()
+            seen = {} if truth is None else {"mnc": float(mnc(now, truth.cpu()))}
+            run.keep(step=step + 1, kernel=now[0], **seen)
+    return Learned(simplex(theta.detach()).cpu(), flow, run.stacked(), run.seconds)
+
+
+def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel_size: int) -> Tensor:
+    """The kernel that the power spectra of the two sets show, without a phase: the baseline.
+
+    A blur multiplies power spectra by ``|K|^2``, and the noise adds its own. Their ratio gives the magnitude ``|K|``
+    and nothing else; the kernel returned has that magnitude and phase zero, so that it is symmetric about its centre.
+
+    Parameters
+    ----------
+    clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
+        No side shorter than ``2 kernel_size - 1``, the extent of the kernel's autocorrelation.
+    noise_std : float
+        Of the degraded images.
+    kernel_size : int
+        Side of its window.
+
+    Returns
+    -------
+    Tensor, shape (1, 1, K, K)
+        Non-negative, of sum one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`learn_operator`.
+    """
+    kernel = torch.fft.fftshift(_inverse(_magnitude(clean, degraded, noise_std, kernel_size)))
+    first = len(kernel) // 2 - kernel_size // 2
+    kernel = kernel[first : first + kernel_size, first : first + kernel_size].clamp(min=0)
+    return (kernel / kernel.sum())[None, None]
+
+
+def retrieved_kernel(
+    clean: Images, degraded: Images, *, noise_std: float, kernel_size: int, starts: int = 64, seed: int = 0
+) -> Tensor:
+    """A kernel of the magnitude that the power spectra show, and of a phase that makes it one: where learning starts.
+
+    To be non-negative and of bounded size fixes the phase nearly always, but for a shift and a turn by 180 degrees,
+    which no power spectrum shows. Phase retrieval is Fienup's hybrid input-output algorithm (Applied Optics 1982), as
+    Goldstein & Fattal (ECCV 2012) use it for blur, from many random starts. Of the kernels that come nearest to the
+    magnitude, and these turned, the one counts that undoes the blur to the sparsest edges: a wrong phase leaves echoes.
+    Parameters and errors as of :func:`spectrum_kernel`.
+
+    Returns
+    -------
+    Tensor, shape (1, 1, K, K)
+        Non-negative, of sum one, its centre of mass nearest to pixel ``K // 2``.
+    """
+    magnitude = _magnitude(clean, degraded, noise_std, kernel_size)
+    side, k, iterations = len(magnitude), kernel_size, 300
+    x = torch.zeros(starts, side, side)
+    x[:, :k, :k] = torch.rand(starts, k, k, generator=torch.Generator().manual_seed(seed)) / k**2
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    inside[:k, :k] = True
+    for i in range(iterations):
+        spectrum = torch.fft.rfft2(x)
+        wanted = _inverse(magnitude * spectrum / spectrum.abs().clamp(min=1e-9))
+        # Feedback of what is not allowed leads out of local minima, plain projection down into them.
+        explore = i % 50 < 35 and i < iterations - 40
+        x = torch.where(inside & (wanted > 0), wanted, x - 0.9 * wanted if explore else torch.zeros(()))
+    error = (torch.fft.rfft2(x).abs() - magnitude).square().sum((1, 2))
+    near = x[error.argsort()[: starts // 2], :k, :k][:, None].clamp(min=0) + 1e-12
+    near = recentred(near / near.sum((2, 3), keepdim=True))
+    candidates = torch.cat([near, near.flip(-2, -1)])
+    images = [y[:, : 8 * k, : 8 * k] for y in _checked("degraded", degraded, side)[:100]]
+    edges = torch.stack([sum(_edges(y, one) for y in images) for one in candidates])
+    return candidates[edges.argmin()][None]
+
+
+def _edges(y: Tensor, kernel: Tensor) -> Tensor:
+    """Mean absolute difference between neighbours, over their root mean square, in ``y`` (C, H, W) deblurred."""
+    h = otf(kernel, tuple(y.shape[-2:]))
+    x = torch.fft.irfft2(h.conj() * torch.fft.rfft2(y.cpu() - y.mean().cpu()) / (h.abs() ** 2 + 0.01), s=y.shape[-2:])
+    cut = min(kernel.shape[-1], min(y.shape[-2:]) // 4)  # the blur did not come round the edges
+    x = x[..., cut:-cut, cut:-cut]
+    d = torch.cat([x.diff(dim=-1).flatten(), x.diff(dim=-2).flatten()])
+    return d.abs().mean() / d.square().mean().sqrt().clamp(min=1e-8)
+
+
+def _magnitude(clean: Images, degraded: Images, noise_std: float, kernel_size: int) -> Tensor:
+    """``|K|`` on a grid (S, S // 2 + 1) that has room for the kernel's autocorrelation."""
+    _check_counts(kernel_size=kernel_size)
+    _check_noise(noise_std)
+    xs, ys = (_checked(n, v, 2 * kernel_size - 1) for n, v in (("clean", clean), ("degraded", degraded)))
+    side = min(4 * kernel_size, *(min(x.shape[-2:]) for x in [*xs, *ys]))
+    (px, _), (py, noise) = _power_spectrum(xs, side, 0.0), _power_spectrum(ys, side, noise_std)
+    # The share of the signal in what was measured: frequencies that are mostly noise count little.
+    magnitude = (py / px.clamp(min=1e-8) * py / (py + noise + 1e-8)).sqrt()
+    magnitude[0, 0] = 1  # the kernel's sum; of the images only the means were left there, and they were taken out
+    return magnitude
+
+
+def _inverse(spectrum: Tensor) -> Tensor:
+    return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2],) * 2)
+
+
+def _power_spectrum(images: list[Tensor], side: int, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Mean periodogram (side, side // 2 + 1) of half-overlapping squares under a Hann window: without noise, and of it.
+
+    Each square counts in units of its own power at the lowest frequencies, which a blur leaves alone: scenes differ so
+    much in contrast that of a hundred a plain mean would show a few.
+    """
+    window = torch.hann_window(side + 2)[1:-1]
+    window = window[:, None] * window
+    low = torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side) ** 2
+    low = (low > 0) & (low < (2.6 / side) ** 2)
+    total, noise, count = torch.zeros(side, side // 2 + 1), torch.zeros(()), 0
+    for x in images:
+        tiles = x.cpu().unfold(1, side, max(1, side // 2)).unfold(2, side, max(1, side // 2)).flatten(0, 2)
+        tiles = (tiles - tiles.mean((1, 2), keepdim=True)) * window
+        power = torch.fft.rfft2(tiles).abs().square() / window.square().sum()
+        weight = 1 / (power[:, low].mean(1) + 1e-3)
+        total += (power * weight[:, None, None]).sum(0)
+        noise += noise_std**2 * weight.sum()
+        count += len(tiles)
+    return (total - noise).clamp(min=0) / count, noise / count
+
+
+class _Run:
+    """The loop of a run: its steps, what it records, and, in a folder, its state, from which it can go on."""
+
+    def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, device: torch.device) -> None:
+        self.name, self.about, self.parts = name, about, parts
+        self.done, self.seconds = 0, 0.0
+        self.kept: dict[str, list] = {}
+        self.sums: dict[str, list] = {}
+        self.path = None if folder is None else Path(folder) / f"{name}.pt"
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            wrong = [key for key in about if state["about"].get(key) != about[key]]
+            if wrong:
+                raise ValueError(
+                    f"folder: {self.path} is of another run, whose {', '.join(wrong)} differed; name another"
+                )
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+            self.done, self.seconds, self.kept, self.sums = (state[k] for k in ("step", "seconds", "kept", "sums"))
+
+    def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
+        """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
+        saved = time.monotonic()
+        self.bar = trange(self.done, steps, desc=title, initial=self.done, total=steps, disable=not progress)
+        for step in self.bar:
+            began = time.monotonic()
+            yield step
+            self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
+            if self.path and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
+                state = {key: part.state_dict() for key, part in self.parts.items()}
+                state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
+                save_whole(state, self.path)
+                saved = time.monotonic()
+
+    def note(self, **values: Tensor) -> None:
+        """Count ``values`` into the means that the next :meth:`keep` takes; a NaN ends the run before it is saved."""
+        for key, value in values.items():
+            total, n = self.sums.get(key, [0.0, 0])
+            self.sums[key] = [total + float(value.detach()), n + 1]
+            if not math.isfinite(self.sums[key][0]):
+                raise ArithmeticError(
+                    f"{self.name}: diverged at step {self.bar.n + 1}, where the {key} is no number; take smaller "
+                    "learning rates"
+                )
+
+    def keep(self, **values: Tensor | float) -> None:
+        """Record ``values`` and the means since the last time; show the numbers."""
+        values |= {key: total / n for key, (total, n) in self.sums.items()}
+        self.sums = {}
+        for key, value in values.items():
+            self.kept.setdefault(key, []).append(value)
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in values.items() if isinstance(v, float)})
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The records, each as one tensor."""
+        return {k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in self.kept.items()}
+
+
+def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int) -> UNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = UNet(channels, **settings).to(memory_format=torch.channels_last)
+    if patch % net.stride:
+        raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")
+    return net
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
+    """Up over the first tenth of all steps, down to zero over the last third."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, 10 * (step + 1) / steps, 3 * (1 - step / steps))
+
+
+def _generator(seed: int, phase: int, step: int) -> torch.Generator:
+    """Random numbers of a step depend on nothing but it: a resumed run draws what it would have drawn."""
+    return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1) + step) + phase)
+
+
+def _patches(images: list[Tensor], n: int, size: tuple[int, int], g: torch.Generator) -> Tensor:
+    """``n`` random patches (n, C, *size) of random images."""
+    out = []
+    for i in torch.randint(len(images), (n,), generator=g).tolist():
+        x = images[i]
+        top, left = (int(torch.randint(a - b + 1, (), generator=g)) for a, b in zip(x.shape[-2:], size, strict=True))
+        out.append(x[:, top : top + size[0], left : left + size[1]])
+    return torch.stack(out).contiguous(memory_format=torch.channels_last)
+
+
+def _times_and_noise(y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Times (B,), uniform and stratified over the batch, and normal noise as ``y``."""
+    t = (torch.randperm(len(y), generator=g) + torch.rand(len(y), generator=g)) / len(y)
+    return t.to(y.device), torch.randn(y.shape, generator=g).to(y.device)
+
+
+def _checked(name: str, images: Images, side: int) -> list[Tensor]:
+    """The images as a list of (C, H, W), if they are finite, alike in channels, and no side is less than ``side``."""
+    found = list(images)
+    if not found:
+        raise ValueError(f"{name}: expected at least one image, got none")
+    for i, x in enumerate(found):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected floating-point tensors, got {kind}")
+        if x.ndim != 3 or x.shape[0] != found[0].shape[0]:
+            raise ValueError(
+                f"{name}: expected a tensor (N, C, H, W), or tensors (C, H, W) of one C; image {i} is {tuple(x.shape)}"
+            )
+        if min(x.shape[-2:]) < side:
+            raise ValueError(
+                f"{name}: image {i} has {x.shape[-1]}x{x.shape[-2]} pixels, {side}x{side} are needed; leave it out, or "
+                "take a smaller patch or kernel"
+            )
+        if not bool(torch.isfinite(x).all()) or float(x.abs().max()) > 3:
+            raise ValueError(f"{name}: expected finite values in about [-1, 1]; image {i} has NaN or larger ones")
+    return [x.float() for x in found]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _check_noise(noise_std: float) -> None:
+    if not 0 <= noise_std < 1:
+        raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A checksum, to tell whether a saved run was of the same data."""
+    value = 0
+    for x in tensors:
+        value = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), value)
+    return value

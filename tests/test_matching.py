@@ -1,0 +1,392 @@
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blindlib import (
+    Blur,
+    dead_leaves,
+    deblur,
+    fit_flow,
+    gaussian_kernels,
+    learn_operator,
+    load_operator,
+    matching,
+    mnc,
+    motion_kernels,
+)
+from blindlib.__main__ import main
+from blindlib.deblur import read_image, write_image
+from blindlib.matching import (
+    between,
+    flow_loss,
+    off_centre,
+    operator_loss,
+    retrieved_kernel,
+    simplex,
+    spectrum_kernel,
+    spread,
+    standard,
+    velocity,
+)
+from blindlib.operators import otf
+from blindlib.priors import WEIGHTS
+
+TINY = dict(base_channels=8, multipliers=(1,), groups=4)
+FLAT = torch.full((1, 1, 7, 7), 1 / 49)
+
+
+def gaussian_velocity(mean, variance, x_t, t):
+    """E[y - noise | x_t] of independent normal values, in closed form."""
+    t = t.reshape(-1, *[1] * (x_t.ndim - 1))
+    gain = (t * variance - (1 - t)) / (t**2 * variance + (1 - t) ** 2)
+    return mean + gain * (x_t - t * mean)
+
+
+def field_velocity(spectrum, x_t, t):
+    """The same of a stationary Gaussian field on a periodic grid, whose Fourier modes are independent."""
+    v = gaussian_velocity(0.0, spectrum, torch.fft.rfft2(x_t), t)
+    return torch.fft.irfft2(v, s=x_t.shape[-2:])
+
+
+# -------------------------------------------------------------------------------------------------- exact answers
+
+
+def test_the_exact_velocity_minimises_the_flow_loss(g):
+    """And the loss is then the variance that no net can explain, also known in closed form."""
+    y, noise = 0.3 + 0.5 * torch.randn(4000, 1, 4, 4, generator=g), torch.randn(4000, 1, 4, 4, generator=g)
+    t = torch.full((4000,), 0.6)
+    exact = partial(gaussian_velocity, 0.3, 0.25)
+    loss = flow_loss(exact, y, t, noise).mean()
+    unexplained = 0.25 * 1.0 / (0.36 * 0.25 + 0.16)  # s^2 / (t^2 s^2 + (1 - t)^2)
+    assert loss == pytest.approx(unexplained, rel=0.03)
+    for other in (0.2, 0.3):
+        assert flow_loss(partial(gaussian_velocity, 0.3, other), y, t, noise).mean() > loss
+
+
+def test_a_net_learns_the_velocity_of_a_gaussian(g):
+    images = 0.3 + 0.5 * torch.randn(64, 1, 32, 32, generator=g)
+    net = fit_flow(images, patch=12, steps=200, batch=16, learning_rate=5e-3, net=TINY, seed=0)
+    t = torch.linspace(0.05, 0.95, 256)
+    y, noise = standard(0.3 + 0.5 * torch.randn(256, 1, 12, 12, generator=g)), torch.randn(256, 1, 12, 12, generator=g)
+    x_t = between(y, t, noise)
+    exact = gaussian_velocity(0.0, 0.25 / (0.25 + 0.05**2), x_t, t)  # but for the two numbers that standard() fixes
+    error = (velocity(net)(x_t, t) - exact).square().mean() / exact.var()
+    assert error < 0.06, f"{error:.3f} of the velocity's variance is wrong"
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_standard_patches_have_no_brightness_and_one_contrast(g):
+    y = torch.randn(3, 2, 8, 8, generator=g)
+    out = standard(torch.cat([y, 0.5 * y + 0.2, torch.zeros_like(y)]))
+    torch.testing.assert_close(out.mean((1, 2, 3)), torch.zeros(9), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out[:3], out[3:6], atol=0.03, rtol=0)
+    torch.testing.assert_close(out[:3].square().mean((1, 2, 3)), torch.ones(3), atol=0.01, rtol=0)
+    assert not out[6:].any()
+
+
+@pytest.mark.parametrize("t", [0.3, 0.7])
+@pytest.mark.parametrize("std, true_std", [(0.5, 0.8), (0.8, 0.5)])
+def test_the_operator_gradient_is_that_of_the_divergence(t, std, true_std, g):
+    """y = s z with the unknown s: the gradient of KL(simulated || measured) at x_t, times (1 - t) / t^2."""
+    s = torch.tensor(std, dtype=torch.float64, requires_grad=True)
+    ours, true = (t**2 * v + (1 - t) ** 2 for v in (s**2, true_std**2))
+    kl = 0.5 * (ours / true - 1 - torch.log(ours / true))
+    (expected,) = torch.autograd.grad(kl, s)
+
+    s = torch.tensor(std, requires_grad=True)
+    y, noise = s * torch.randn(20_000, 1, 4, 4, generator=g), torch.randn(20_000, 1, 4, 4, generator=g)
+    times = torch.full((len(y),), t)
+    x_t = between(y, times, noise)
+    difference = gaussian_velocity(0.0, std**2, x_t, times) - gaussian_velocity(0.0, true_std**2, x_t, times)
+    (found,) = torch.autograd.grad(operator_loss(difference, y), s)
+    assert found == pytest.approx(float(expected) * (1 - t) / t**2, rel=0.03)
+
+
+def test_matching_a_gaussian_field_finds_the_kernels_spectrum(g):
+    """With both velocities exact; the true kernel's transfer function is positive, so its spectrum is all of it."""
+    n, noise_std = 16, 0.05
+    truth = gaussian_kernels(1, 7, std=(0.9, 0.9), seed=0)
+    truth = (truth + truth.flip(-2, -1)) / 2
+    rows, columns = torch.fft.fftfreq(n)[:, None], torch.fft.rfftfreq(n)
+    scene = 1 / (0.02 + rows**2 + columns**2)
+    scene = scene / scene.mean()
+
+    def spectrum(k):
+        return scene * otf(k, (n, n)).abs() ** 2 + noise_std**2
+
+    blur, target = Blur("circular"), spectrum(truth)
+    theta = torch.nn.Parameter(torch.full((1, 1, 7, 7), 1 / 49))
+    optimizer = torch.optim.Adam([theta], lr=5e-3, betas=(0.5, 0.95))
+    before = mnc(simplex(theta.detach()), truth)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 600)
+        k = simplex(theta)
+        white = torch.randn(64, 1, n, n, generator=g)
+        x = torch.fft.irfft2(scene.sqrt() * torch.fft.rfft2(white), s=(n, n))
+        y = blur(x, k) + noise_std * torch.randn(x.shape, generator=g)
+        t = torch.rand(64, generator=g)
+        x_t = between(y, t, torch.randn(y.shape, generator=g)).detach()
+        difference = field_velocity(spectrum(k.detach()), x_t, t) - field_velocity(target, x_t, t)
+        optimizer.zero_grad()
+        (operator_loss(difference, y) + 0.01 * off_centre(k).sum()).backward()
+        optimizer.step()
+    found = simplex(theta.detach())
+    wrong = [(spectrum(k) / target).log().abs().max() for k in (torch.full((1, 1, 7, 7), 1 / 49), found)]
+    assert wrong[0] > 2 and wrong[1] < 0.25, f"log of the ratio of spectra, before and after: {wrong}"
+    assert before < 0.8 and mnc(found, truth) > 0.97
+
+
+def test_centre_and_spread():
+    k = torch.zeros(2, 1, 5, 5)
+    k[0, 0, 2, 2] = 1
+    k[1, 0, 1, 3], k[1, 0, 1, 1] = 0.5, 0.5
+    torch.testing.assert_close(off_centre(k), torch.tensor([[0.0], [1.0]]))
+    torch.testing.assert_close(spread(k), torch.tensor([[0.0], [1.0]]))
+
+
+# ------------------------------------------------------------------------------------------------ power spectra
+
+
+def test_power_spectra_give_the_magnitude_and_not_the_phase(g):
+    x, other = (0.4 * torch.randn(150, 1, 40, 40, generator=g) for _ in range(2))
+    symmetric, motion = gaussian_kernels(1, 9, std=(1.2, 1.2), seed=0), motion_kernels(1, 9, seed=3)
+    found = {}
+    for name, k in {"symmetric": symmetric, "motion": motion, "flipped": motion.flip(-2, -1)}.items():
+        y = Blur("valid")(x, k)
+        y = y + 0.02 * torch.randn(y.shape, generator=g)
+        found[name] = spectrum_kernel(other, y, noise_std=0.02, kernel_size=9)
+        assert found[name].shape == (1, 1, 9, 9) and found[name].sum() == pytest.approx(1)
+    assert mnc(found["symmetric"], symmetric) > 0.98
+    torch.testing.assert_close(found["motion"], found["flipped"], atol=0.02, rtol=0)
+    torch.testing.assert_close(found["motion"], found["motion"].flip(-2, -1), atol=1e-5, rtol=0)
+
+
+def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
+    """Where the zero phase of the baseline fails; the other way round would not pass."""
+    clean, degraded, k = sets
+    found = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
+    assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
+    other = k.flip(-2, -1)
+    assert mnc(found, k) > max(0.85, float(mnc(found, other)) + 0.05)
+    turned = retrieved_kernel(clean, degraded.flip(-2, -1), noise_std=0.02, kernel_size=7)
+    assert mnc(turned, other) > max(0.8, float(mnc(turned, k)) + 0.05)
+
+
+# ------------------------------------------------------------------------------------------------ the whole thing
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Degraded and other, clean scenes, and the kernel between them."""
+    k = motion_kernels(1, 7, extent=(0.7, 0.9), seed=8)
+    y = Blur("valid")(dead_leaves(150, 46, seed=1), k)
+    y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return dead_leaves(40, 46, seed=3), y, k
+
+
+def test_it_learns_a_kernel_from_unpaired_images(sets):
+    clean, degraded, k = sets
+    flow = fit_flow(degraded, patch=16, steps=120, batch=16, net=dict(base_channels=8, multipliers=(1, 2), groups=4))
+    found = learn_operator(
+        clean, degraded, noise_std=0.02, kernel_size=7, patch=16, steps=120, batch=16, flow=flow, start=FLAT,
+        learning_rate=1e-2, truth=k,
+    )  # fmt: skip
+    assert found.kernel.shape == (1, 1, 7, 7) and found.kernel.min() >= 0
+    assert found.kernel.sum() == pytest.approx(1, abs=1e-5)
+    assert mnc(found.kernel, k) > mnc(FLAT, k) + 0.15
+    assert found.history["mnc"][-1] == pytest.approx(float(mnc(found.kernel, k)), abs=1e-5)
+    assert found.history["step"][-1] == 120 and found.history["kernel"].shape[1:] == (1, 7, 7)
+
+
+tiny = partial(learn_operator, noise_std=0.02, kernel_size=7, patch=8, steps=6, batch=4, start=FLAT)
+
+
+def test_the_seed_decides(sets):
+    clean, degraded, _ = sets
+    flows = [fit_flow(degraded, patch=8, steps=4, batch=4, net=TINY, seed=s) for s in (0, 0, 1)]
+    weights = [torch.cat([p.flatten() for p in f.parameters()]) for f in flows]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    state = torch.random.get_rng_state()
+    kernels = [tiny(clean, degraded, flow=flows[0], seed=s).kernel for s in (0, 0, 1)]
+    assert torch.equal(kernels[0], kernels[1]) and not torch.equal(kernels[0], kernels[2])
+    assert torch.equal(torch.random.get_rng_state(), state), "the global random state was touched"
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypatch):
+    clean, degraded, k = sets
+    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+
+    def run(folder):
+        flow = fit_flow(degraded, patch=8, steps=6, batch=4, net=TINY, folder=folder)
+        return tiny(clean, degraded, flow=flow, folder=folder, truth=k)
+
+    whole = run(tmp_path / "a")
+    real, saves = matching.save_whole, []
+
+    def kill(state, path):
+        real(state, path)
+        saves.append(path.name)
+        if len(saves) in (2, 7):  # in the flow's run, then in the operator's
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(matching, "save_whole", kill)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "b")
+    again = run(tmp_path / "b")
+    assert saves == ["flow.pt"] * 6 + ["operator.pt"] * 6, "steps were lost or done twice"
+    torch.testing.assert_close(again.kernel, whole.kernel, atol=1e-6, rtol=0)
+    assert again.history.keys() == whole.history.keys() == {"step", "gap", "kernel", "mnc"}
+    for key, values in whole.history.items():
+        torch.testing.assert_close(again.history[key], values, atol=1e-5, rtol=0)
+    assert math.isclose(run(tmp_path / "b").kernel.sub(whole.kernel).abs().max(), 0, abs_tol=1e-6)
+    with pytest.raises(ValueError, match=r"folder: .*operator.pt is of another run, whose seed differed"):
+        tiny(clean, degraded, flow=again.flow, folder=tmp_path / "b", seed=1)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_images_of_any_size(sets):
+    clean, degraded, _ = sets
+    flow = fit_flow([degraded[0], degraded[1, :, :13, :30]], patch=8, steps=1, batch=4, net=TINY)
+    out = tiny([clean[0], clean[1, :, :20, :14]], [degraded[0], degraded[1, :, :13, :30]], flow=flow)
+    assert torch.isfinite(out.kernel).all()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(clean=torch.zeros(2, 3, 13, 40)), ValueError, "clean: image 0 has 40x13 pixels, 14x14 are needed"),
+        (dict(clean=torch.zeros(2, 1, 40, 40)), ValueError, "clean: has 1 channels, degraded 3"),
+        (dict(clean=[]), ValueError, "clean: expected at least one image"),
+        (dict(clean=torch.full((2, 3, 40, 40), math.nan)), ValueError, "clean: expected finite values"),
+        (dict(clean=torch.full((2, 3, 40, 40), 255.0)), ValueError, "clean: .*larger ones"),
+        (dict(clean=torch.zeros(2, 3, 40, 40, dtype=torch.uint8)), TypeError, "clean: expected floating-point .*uint8"),
+        (dict(clean=["a.png"]), TypeError, "clean: expected floating-point tensors, got str"),
+        (dict(degraded=torch.zeros(3, 40, 40)), ValueError, r"degraded: expected a tensor \(N, C, H, W\)"),
+        (dict(degraded=torch.zeros(2, 3, 7, 40)), ValueError, "degraded: image 0 has 40x7 pixels, 8x8 are needed"),
+        (
+            dict(degraded=torch.zeros(2, 3, 12, 40), start=None),
+            ValueError,
+            "degraded: image 0 has .*, 13x13 are needed",
+        ),
+        (dict(kernel_size=9), ValueError, "kernel_size: a kernel of 9 pixels is larger than the patch, 8"),
+        (dict(kernel_size=0), ValueError, "kernel_size: expected a positive integer, got 0"),
+        (dict(steps=0), ValueError, "steps: expected a positive integer"),
+        (dict(batch=2.5), ValueError, "batch: expected a positive integer, got 2.5"),
+        (dict(noise_std=5), ValueError, r"noise_std: expected a number in \[0, 1\)"),
+        (dict(noise_std=math.nan), ValueError, "noise_std"),
+        (dict(centre=0), ValueError, "centre, compact"),
+        (dict(operator=Blur("circular")), ValueError, "operator: expected the boundary 'valid', got 'circular'"),
+        (dict(operator=print), TypeError, "operator: expected a Blur, got builtin"),
+        (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = dict(clean=torch.zeros(2, 3, 40, 40), degraded=torch.zeros(2, 3, 40, 40)) | change
+    with pytest.raises(error, match=message):
+        tiny(**arguments)
+
+
+def test_a_flow_that_does_not_fit(sets):
+    clean, degraded, _ = sets
+    flow = fit_flow(degraded[:, :1], patch=8, steps=1, batch=4, net=TINY)
+    with pytest.raises(ValueError, match="flow: a net of 1 channels, the images have 3"):
+        tiny(clean, degraded, flow=flow)
+    with pytest.raises(ValueError, match="patch: expected a multiple of the net's stride, 4, got 10"):
+        fit_flow(degraded, patch=10, steps=1)
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_state(sets, tmp_path):
+    with pytest.raises(ArithmeticError, match=r"flow: diverged at step \d+, .* take smaller learning rates"):
+        fit_flow(sets[1], patch=8, steps=9, batch=4, net=TINY, learning_rate=1e30, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def folders(sets, tmp_path):
+    """Photographs of several sizes, kinds and formats, and things that are none."""
+    clean, degraded, _ = sets
+    for name, images in (("clean", clean[:4]), ("degraded", degraded[:4])):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_image(images[:1], folder / "a.png")
+        write_image(images[1:2, :, :40, :38], folder / "b.jpg")
+        grey = (127.5 * (images[2].mean(0) + 1)).byte().numpy()
+        Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "c.tif")
+        write_image(images[3:, :, :12], folder / "small.png")
+        (folder / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def arguments(folder, *more):
+    options = ["--clean", folder / "clean", "--degraded", folder / "degraded", "--out", folder / "operator.safetensors"]
+    quick = ["--kernel-size", 7, "--flow-steps", 2, "--steps", 2, "--batch", 2, "--device", "cpu"]
+    return ["learn-operator", *map(str, options + quick + list(more))]
+
+
+def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
+    assert main(arguments(folders, "--kernel-out", folders / "kernel.png")) == 0
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 4 and "small.png' has 46x12 pixels, 38x38 are needed" in said
+    assert "notes.txt' cannot be read as an image" in said and "3 clean and 3 degraded photographs, noise 0.0" in said
+    kernel = load_operator(folders / "operator.safetensors")
+    assert kernel.shape == (1, 1, 7, 7) and kernel.sum() == pytest.approx(1, abs=1e-5)
+    assert (folders / "kernel.png").is_file()
+
+    photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
+    assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
+    expected = deblur(photo, kernel=kernel, progress=False).image
+    torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
+
+
+def test_the_same_command_goes_on(folders, monkeypatch):
+    saves, real = [], matching.save_whole
+    monkeypatch.setattr(matching, "save_whole", lambda state, path: (real(state, path), saves.append(path.name)))
+    assert main(arguments(folders, "--quiet")) == 0
+    first = (folders / "operator.safetensors").read_bytes()
+    assert main(arguments(folders, "--quiet")) == 0
+    assert saves == ["flow.pt", "operator.pt"], "what was done was done again"
+    assert (folders / "operator.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--clean", "nowhere"], "clean: there is no folder 'nowhere'"),
+        (["--out", "operator.png"], "out: expected a .safetensors file"),
+        (["--kernel-out", "kernel.xyz"], "path: no image format"),
+        (["--crop", "10"], "crop: expected at least 38, got 10"),
+        (["--kernel-size", "40"], "clean: no photograph of at least 79x79 pixels in"),
+        (["--noise-std", "-1"], "noise_std: expected a number in"),
+    ],
+)
+def test_errors_are_one_line(folders, more, message, capsys):
+    assert main(arguments(folders, "--quiet", *more)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("blindlib: " + message) and err.count("\n") == 1
+    assert not (folders / "operator.safetensors").exists()
+
+
+def test_what_is_no_operator(tmp_path, capsys):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "a.png")
+    common = ["deblur", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--operator"]
+    (tmp_path / "half.safetensors").write_bytes(b"half")
+    prior = str(WEIGHTS / "kernel.safetensors")
+    for path, message in (
+        (str(tmp_path / "no.safetensors"), "operator: no file"),
+        (str(tmp_path / "half.safetensors"), "cannot be read as a checkpoint"),
+        (prior, "holds no operator"),
+    ):
+        assert main([*common, path]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*common, prior, "--max-size", "100"]) == 2
+    assert "max-size: the operator is of the photograph's full size" in capsys.readouterr().err
