@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--operator", type=Path, help="undo this blur, which learn-operator found, at the photograph's full size"
     )
-    p.add_argument("--steps", type=int, help="of the parallel diffusion (default: as blindlib.deblur)")
+    p.add_argument("--steps", type=int, help="of each run of the parallel diffusion (default: as blindlib.deblur)")
+    p.add_argument("--starts", type=int, help="runs, the best of which counts (default: as blindlib.deblur)")
     p.add_argument(
         "--noise-std", type=float, help="of the photograph's noise on the [-1, 1] scale (default: estimated)"
     )
@@ -74,7 +75,7 @@ def _deblur(a: argparse.Namespace) -> str:
             raise ValueError(f"out: {out} is the photograph itself; name another file")
         if out is not None:
             check_output(out)
-    chosen = _given(a, "steps", "crop")
+    chosen = _given(a, "steps", "starts", "crop")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")

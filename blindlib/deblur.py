@@ -63,7 +63,8 @@ def deblur(
     photo: Photo,
     *,
     kernel: Tensor | None = None,
-    steps: int = 1000,
+    steps: int = 300,
+    starts: int = 3,
     samples: int = 1,
     boundary: str = "valid",
     noise_std: float | None = None,
@@ -88,9 +89,12 @@ def deblur(
     kernel : Tensor, shape (1, 1, K, K), optional
         The kernel, if it is known.
     steps : int
-        Of the parallel diffusion.
+        Of each run of the parallel diffusion.
+    starts : int
+        Runs from different noise, at least as many as ``samples``. Early noise decides which kernel a run ends at, and
+        some end at a wrong one: those are told by what they leave unexplained.
     samples : int
-        Posterior samples of the kernel, each with a restoration of its own.
+        How many of the runs are kept, those that leave least unexplained, each with a restoration of its own.
     boundary : {"valid", "circular", "zero", "reflect"}
         ``"valid"`` is right for photographs; the others for measurements that were simulated so.
     noise_std : float, optional
@@ -120,6 +124,8 @@ def deblur(
     say = print if progress else (lambda *_: None)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
+    if samples < 1 or starts < 1:
+        raise ValueError(f"samples, starts: expected at least 1, got {samples} and {starts}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     priors = priors or {"image": load_prior("image"), "kernel": load_prior("kernel")}
@@ -141,14 +147,19 @@ def deblur(
     if kernel is None:
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
-        say(f"finding the kernel in {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
+        starts = max(starts, samples)
+        say(f"finding the kernel in {starts} x {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
         guidance = DPS().respaced(steps, (part.shape[-2] * part.shape[-1]) ** 0.5)
-        run = sample(part, blur, priors, steps=steps, samples=samples, seed=seed, guidance=guidance, progress=progress)
-        kernels = recentred(_cleaned(run.kernel))[run.residual.argsort()]
+        run = sample(part, blur, priors, steps=steps, samples=starts, seed=seed, guidance=guidance, progress=progress)
+        best = run.residual.argsort()[:samples]
+        kernels = recentred(_cleaned(run.kernel[best]))
+        # The kernel is not quite right either: what the run left unexplained is noise to the restoration.
+        unexplained = [max(noise_std, float(r)) for r in run.residual[best]]
     else:
-        kernels = kernel.to(device)
+        kernels, unexplained = kernel.to(device), [noise_std] * len(kernel)
     say(f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
-    images = torch.cat([restore(y, k[None], priors["image"], blur, noise_std, progress=progress) for k in kernels])
+    pairs = zip(kernels, unexplained, strict=True)
+    images = torch.cat([restore(y, k[None], priors["image"], blur, std, progress=progress) for k, std in pairs])
     figures["residual"] = float(_unexplained(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)

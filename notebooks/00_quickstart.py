@@ -45,7 +45,7 @@ from skimage import data
 from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
 from blindlib.deblur import read_image, resize
 
-side, steps = {"ci": (64, 20), "cpu": (128, 300), "gpu": (256, 1000)}[preset]
+side, steps, starts = {"ci": (64, 20, 1), "cpu": (128, 300, 2), "gpu": (256, 1000, 3)}[preset]
 
 # %% [markdown]
 # ## The photograph
@@ -77,7 +77,7 @@ _ = display.show({"the photograph": blurred}, size=3)
 # %%
 if preset != "ci":
     print("some minutes on two CPU cores, seconds on a GPU")
-result = deblur(blurred, steps=steps, seed=seed, device=device)
+result = deblur(blurred, steps=steps, starts=starts, seed=seed, device=device)
 
 # %%
 pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}
@@ -117,6 +117,7 @@ _ = display.record("00_quickstart", preset=preset, seed=seed, **figures)
 #   `python -m blindlib deblur my.jpg --out sharp.png`. The blur must be the same all over the picture: camera shake,
 #   a subject that moves as a whole, defocus.
 # - **Another draw**: change `seed`. The answer is a *sample* of what the photograph allows; where samples differ, the
-#   photograph does not say. `deblur(..., samples=4)` draws several and puts the one that explains it best first.
+#   photograph does not say. `deblur(..., samples=4)` draws several and puts the one that explains it best first;
+#   `starts=3`, the default outside this notebook, only keeps the best of three.
 # - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` finds the
 #   kernel too.
