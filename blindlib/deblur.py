@@ -92,9 +92,9 @@ def deblur(
         Of each run of the parallel diffusion.
     starts : int
         Runs from different noise, at least as many as ``samples``. Early noise decides which kernel a run ends at, and
-        some end at a wrong one: those are told by what they leave unexplained.
+        some end at a wrong one: those are told by :func:`unexplained`.
     samples : int
-        How many of the runs are kept, those that leave least unexplained, each with a restoration of its own.
+        How many of the runs are kept, those whose kernels explain the photograph best, each with its restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
         ``"valid"`` is right for photographs; the others for measurements that were simulated so.
     noise_std : float, optional
@@ -151,16 +151,17 @@ def deblur(
         say(f"finding the kernel in {starts} x {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
         guidance = DPS().respaced(steps, (part.shape[-2] * part.shape[-1]) ** 0.5)
         run = sample(part, blur, priors, steps=steps, samples=starts, seed=seed, guidance=guidance, progress=progress)
-        best = run.residual.argsort()[:samples]
-        kernels = recentred(_cleaned(run.kernel[best]))
-        # The kernel is not quite right either: what the run left unexplained is noise to the restoration.
-        unexplained = [max(noise_std, float(r)) for r in run.residual[best]]
+        kernels = recentred(_cleaned(run.kernel))
+        rest = unexplained(part, kernels, priors["image"], blur, noise_std)
+        best = rest.argsort()[:samples]
+        # The kernel is not quite right either: what it cannot explain is noise to the restoration.
+        kernels, stds = kernels[best], [max(noise_std, float(r)) for r in rest[best]]
     else:
-        kernels, unexplained = kernel.to(device), [noise_std] * len(kernel)
+        kernels, stds = kernel.to(device), [noise_std] * len(kernel)
     say(f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
-    pairs = zip(kernels, unexplained, strict=True)
+    pairs = zip(kernels, stds, strict=True)
     images = torch.cat([restore(y, k[None], priors["image"], blur, std, progress=progress) for k, std in pairs])
-    figures["residual"] = float(_unexplained(y, images[:1], kernels[:1], blur))
+    figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
 
@@ -220,6 +221,30 @@ def restore(
         out[..., top:bottom, left:right] += ramp * seen
         weight[..., top:bottom, left:right] += ramp
     return out / weight
+
+
+def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:
+    """What remains of ``y`` when it is restored with each kernel and blurred again: which of them fits?
+
+    The restoration expects twice the noise, so that it keeps to pictures that the prior knows: under a wrong kernel
+    there is none that explains ``y``. (The residual of the parallel run tells less: there image and kernel have
+    adapted to each other.) A kernel that does nothing explains any photograph, as a picture of something blurred: this
+    is for choosing among kernels that the prior made.
+
+    Parameters
+    ----------
+    y : Tensor, shape (1, 3, H, W)
+    kernels : Tensor, shape (n, 1, K, K)
+    prior, blur, noise_std
+        As of :func:`restore`.
+
+    Returns
+    -------
+    Tensor, shape (n,)
+        Root mean squares; for the right kernel between once and twice the noise's standard deviation.
+    """
+    images = (restore(y, k[None], prior, blur, 2 * noise_std) for k in kernels)
+    return torch.stack([_residual(y, x, k[None], blur) for x, k in zip(images, kernels, strict=True)])
 
 
 def estimate_noise(y: Tensor) -> float:
@@ -333,7 +358,7 @@ def _cleaned(kernel: Tensor) -> Tensor:
     return k / k.sum((2, 3), keepdim=True)
 
 
-def _unexplained(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:
+def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:
     """Root mean square residual where the restored picture reaches."""
     again = blur(image, kernel)
     cut = [(a - b) for a, b in zip(y.shape[-2:], again.shape[-2:], strict=True)]

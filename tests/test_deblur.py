@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from blindlib import Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr
+from blindlib import DPS, Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr, sample
 from blindlib.__main__ import main
-from blindlib.deblur import estimate_noise, read_image, restore, write_image
+from blindlib.deblur import _cleaned, estimate_noise, read_image, restore, unexplained, write_image
+from blindlib.metrics import recentred
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,8 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     scene, k, y = blurred
     write_image(y, tmp_path / "photo.png")
     status = main(
-        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--steps", "100", "--quiet"]
-        + ["--kernel-out", str(tmp_path / "kernel.png")]
+        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--steps", "100", "--starts", "2"]
+        + ["--kernel-out", str(tmp_path / "kernel.png"), "--quiet"]
     )
     assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["kernel.png", "photo.png", "sharp.png"]
     sharp = read_image(tmp_path / "sharp.png")
@@ -136,6 +137,34 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     assert psnr(sharp, scene, max_shift=4) > psnr(y, scene, max_shift=4)
     kernel = read_image(tmp_path / "kernel.png")[:, :1] + 1
     assert mnc(kernel / kernel.sum(), k) > 0.6
+
+
+def test_the_right_kernel_explains_best(blurred):
+    _, k, y = blurred
+    prior, wrong = load_prior("image"), motion_kernels(3, 32, seed=5)
+    rest = unexplained(y, torch.cat([wrong, k.flip(2), k]), prior, Blur("valid"), 0.02)
+    assert rest.argmin() == 4 and 0.02 < rest[4] < 0.04
+    assert rest[:4].min() > 1.1 * rest[4]
+
+
+def test_of_several_starts_those_that_explain_best_are_kept(blurred):
+    _, _, y = blurred
+    y = y[..., :64, :64]
+    common = dict(steps=8, boundary="circular", noise_std=0.02, progress=False)
+    priors = {name: load_prior(name) for name in ("image", "kernel")}
+    run = sample(y, Blur(), priors, steps=8, samples=3, guidance=DPS().respaced(8, 64))
+    kernels = recentred(_cleaned(run.kernel))
+    expected = kernels[unexplained(y, kernels, priors["image"], Blur(), 0.02).argsort()[:2]]
+    torch.testing.assert_close(deblur(y, samples=2, **common).kernels, expected)
+    torch.testing.assert_close(deblur(y, **common).kernels, expected[:1])
+    assert (expected[0] - expected[1]).abs().max() > 1e-4
+    assert len(deblur(y, samples=4, starts=1, **{**common, "steps": 2}).kernels) == 4
+
+
+@pytest.mark.parametrize("change", [dict(samples=0), dict(starts=0)])
+def test_too_few_starts(change):
+    with pytest.raises(ValueError, match="samples, starts: expected at least 1"):
+        deblur(np.zeros((64, 64, 3)), progress=False, **change)
 
 
 def test_a_large_photo_is_scaled_down_and_says_so(capsys):
