@@ -343,7 +343,7 @@ _ = display.save_figure(figure, "01_dps_step_size.png")
 #
 # Why do the worst runs still end in a picture, not in a row of infinities? Because $\hat x_0$ is clipped to
 # $[-1, 1]$, so that the residual is bounded. A result that saturates *looks* finished; the residual gives it away.
-# Where numbers do leave the range that floats can hold, `sample` stops, and says at which step:
+# Where $x_t$ itself runs away, `sample` stops, and says at which step:
 
 # %%
 try:

@@ -502,7 +502,8 @@ print(f"mean {each_psnr.mean().item():.1f}, best {each_psnr.max().item():.1f}, w
 # **The residual as a way to choose.** It needs no truth. A run that ended on a wrong hill often cannot explain the
 # measurement and shows a residual well above the noise: throw it away, draw another. Among samples that all sit near
 # the noise the residual says nothing, and the smallest is not the best. The lines above say how well it chose this
-# time.
+# time. `deblur` asks a harder question of each kernel: restore the photograph with it anew, strictly by the image's
+# prior, and see what is left then (`blindlib.deblur.unexplained`).
 #
 # ## Where it fails
 #
