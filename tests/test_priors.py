@@ -182,7 +182,7 @@ def test_small_noise_is_exact_for_single_precision_input(g):
     torch.testing.assert_close(prior.denoise(x, 0)[0, 0, 0, 0] - pair[0, 0, 0, 0], 0.01 * odds, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("guidance", [DPS.released(step_size=4.0), DiffPIR(noise_std=0.05), PiGDM(noise_std=0.05)])
+@pytest.mark.parametrize("guidance", [DPS.released(step_size=2.0), DiffPIR(noise_std=0.05), PiGDM(noise_std=0.05)])
 def test_the_measured_example_is_found_among_all(guidance, g):
     """A known blur and a finite set of images: the posterior is the image that was measured."""
     scenes, k = dead_leaves(20, 16, seed=1), motion_kernels(1, 9, seed=1)

@@ -100,7 +100,7 @@ def posterior_mean(prior, y, k, std):
     return torch.fft.irfft2(s * h.conj() * torch.fft.rfft2(y) / (s * h.abs() ** 2 + std**2), s=y.shape[-2:])
 
 
-@pytest.mark.parametrize("guidance, steps", [(DPS.released(), 300), (DiffPIR(noise_std=0.05, strength=1.0), 50)])
+@pytest.mark.parametrize("guidance, steps", [(DPS.released(), 100), (DiffPIR(noise_std=0.05, strength=1.0), 50)])
 def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps, g):
     prior, std = GaussianPrior(0.0, spectrum=spectrum(16)), 0.05
     k = motion_kernels(1, 7, seed=2)
@@ -293,8 +293,9 @@ def test_a_latent_that_leads_has_less_noise(small_priors, y):
     priors = {"image": small_priors["image"], "kernel": watched}
     run = sample(y, Blur(), priors, steps=100, guidance=DPS.released(lead={"kernel": 3.0}), history=100)
     schedule = watched.schedule
-    ratio = [schedule.sigma(int(t)) / schedule.sigma(s) for t, s in zip(run.history["t"], asked, strict=True)]
-    assert ratio[:-3] == pytest.approx([3.0] * 97, rel=0.05) and asked[-1] == 0
+    times = zip(run.history["t"].tolist(), asked, strict=True)
+    ratio = [schedule.sigma(t) / schedule.sigma(s) for t, s in times if t > 60]  # below, times are too coarse
+    assert ratio == pytest.approx([3.0] * len(ratio), rel=0.05) and len(ratio) > 70 and asked[-1] == 0
     plain, one = (sample(y, Blur(), priors, steps=5, guidance=DPS.released(lead=l)) for l in ({}, {"kernel": 1.0}))
     assert torch.equal(plain.image, one.image) and not torch.equal(run.kernel, plain.kernel)
 
