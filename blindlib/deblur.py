@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from blindlib.metrics import recentred
 from blindlib.operators import BOUNDARIES, Blur
-from blindlib.priors import DiffusionPrior, load_prior
+from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, sample
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -126,8 +126,7 @@ def deblur(
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
     if samples < 1 or starts < 1:
         raise ValueError(f"samples, starts: expected at least 1, got {samples} and {starts}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     priors = priors or {"image": load_prior("image"), "kernel": load_prior("kernel")}
     for prior in priors.values():
         prior.to(device)

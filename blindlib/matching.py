@@ -11,7 +11,6 @@ operator (:func:`learn_operator`). It starts from the power spectra of the two s
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 import zlib
@@ -20,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import trange
 
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, otf
-from blindlib.priors import read_checkpoint
+from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
 from blindlib.train import moving_average, save_whole
 from blindlib.unet import UNet
 
@@ -127,11 +125,7 @@ class Learned:
 
     def save(self, path: str | Path, note: str = "") -> None:
         """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        about = dict(operator="Blur", boundary="valid", note=note)
-        part.write_bytes(to_bytes({"kernel": self.kernel.contiguous()}, metadata={"blindlib": json.dumps(about)}))
-        part.replace(path)
+        write_checkpoint(path, dict(operator="Blur", boundary="valid", note=note), {"kernel": self.kernel})
 
 
 def load_operator(path: str | Path) -> Tensor:
@@ -204,7 +198,7 @@ def fit_flow(
         If the run diverges.
     """
     images = _checked("degraded", degraded, patch)
-    device = _device(device)
+    device = pick_device(device)
     _check_counts(steps=steps, batch=batch, patch=patch)
     model = _seeded_net(net, len(images[0]), patch, seed).to(device)
     mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)
@@ -319,7 +313,7 @@ def learn_operator(
     ys = _checked("degraded", degraded, patch if start is not None else max(patch, 2 * kernel_size - 1))
     if len(xs[0]) != len(ys[0]):
         raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
-    device = _device(device)
+    device = pick_device(device)
     if start is None:
         start = retrieved_kernel(xs, ys, noise_std=noise_std, kernel_size=kernel_size, seed=seed)
     if start.shape != (1, 1, kernel_size, kernel_size):
@@ -621,10 +615,6 @@ def _check_counts(**counts: int) -> None:
 def _check_noise(noise_std: float) -> None:
     if not 0 <= noise_std < 1:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
-
-
-def _device(device: str | torch.device) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> int:

@@ -172,11 +172,7 @@ class DiffusionPrior:
     def save(self, path: str | Path, note: str = "") -> None:
         """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it."""
         about = dict(latent=self.latent, prediction=self.prediction, size=self.shape[1], net=self.net.config, note=note)
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        state = {key: value.detach().half().cpu().contiguous() for key, value in self.net.state_dict().items()}
-        part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
-        part.replace(path)
+        write_checkpoint(path, about, {key: value.detach().half() for key, value in self.net.state_dict().items()})
 
 
 class _ExactPrior:
@@ -459,6 +455,20 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
 def shipped_priors() -> list[str]:
     """Names of the priors in the package's ``weights`` folder."""
     return sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """``device``; for ``"auto"`` a GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def write_checkpoint(path: str | Path, about: dict, state: dict[str, Tensor]) -> None:
+    """Write tensors and metadata as safetensors, whole or not at all; :func:`read_checkpoint` reads them."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    state = {key: value.cpu().contiguous() for key, value in state.items()}
+    part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
+    part.replace(path)
 
 
 def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
