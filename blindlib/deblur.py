@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from blindlib.baselines import l0_pyramid
 from blindlib.metrics import recentred
 from blindlib.operators import BOUNDARIES, Blur
-from blindlib.priors import DiffusionPrior, load_prior, pick_device
+from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, sample
+
+# Of the guesses that the diffusion starts from, and the time it starts at: noise that hides what is fine in them only.
+STRENGTHS = (0.004, 0.008, 0.016)
+START_TIME = 120
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -63,8 +68,8 @@ def deblur(
     photo: Photo,
     *,
     kernel: Tensor | None = None,
-    steps: int = 300,
-    starts: int = 3,
+    steps: int = 60,
+    starts: int = 2,
     samples: int = 1,
     boundary: str = "valid",
     noise_std: float | None = None,
@@ -77,8 +82,8 @@ def deblur(
 ) -> Deblurred:
     """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
 
-    The kernel is found by parallel diffusion of image and kernel (BlindDPS) on the most textured part; with it, the
-    whole picture is restored by DiffPIR.
+    The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored by
+    DiffPIR.
 
     Parameters
     ----------
@@ -91,8 +96,7 @@ def deblur(
     steps : int
         Of each run of the parallel diffusion.
     starts : int
-        Runs from different noise, at least as many as ``samples``. Early noise decides which kernel a run ends at, and
-        some end at a wrong one: those are told by :func:`unexplained`.
+        Runs of the parallel diffusion, from different guesses, at least as many as ``samples``.
     samples : int
         How many of the runs are kept, those whose kernels explain the photograph best, each with its restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
@@ -148,13 +152,10 @@ def deblur(
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         starts = max(starts, samples)
         say(f"finding the kernel in {starts} x {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
-        guidance = DPS().respaced(steps, (part.shape[-2] * part.shape[-1]) ** 0.5)
-        run = sample(part, blur, priors, steps=steps, samples=starts, seed=seed, guidance=guidance, progress=progress)
-        kernels = recentred(_cleaned(run.kernel))
-        rest = unexplained(part, kernels, priors["image"], blur, noise_std)
-        best = rest.argsort()[:samples]
+        options = dict(steps=steps, starts=starts, seed=seed, progress=progress)
+        kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # The kernel is not quite right either: what it cannot explain is noise to the restoration.
-        kernels, stds = kernels[best], [max(noise_std, float(r)) for r in rest[best]]
+        kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
     else:
         kernels, stds = kernel.to(device), [noise_std] * len(kernel)
     say(f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
@@ -222,28 +223,86 @@ def restore(
     return out / weight
 
 
-def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:
-    """What remains of ``y`` when it is restored with each kernel and blurred again: which of them fits?
+def find_kernels(
+    y: Tensor,
+    priors: Mapping[str, DiffusionPrior],
+    blur: Blur,
+    noise_std: float,
+    *,
+    steps: int = 60,
+    starts: int = 2,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Kernels that explain ``y``: guesses of a classical method, made better by parallel diffusion.
 
-    The restoration expects twice the noise, so that it keeps to pictures that the prior knows: under a wrong kernel
-    there is none that explains ``y``. (The residual of the parallel run tells less: there image and kernel have
-    adapted to each other.) A kernel that does nothing explains any photograph, as a picture of something blurred: this
-    is for choosing among kernels that the prior made.
+    A run from pure noise spends most of its steps on coarse matters, and its noise decides which kernel it ends at.
+    :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings, and :func:`unexplained` tells
+    which guess is best; the diffusion of image and kernel then starts from it with little noise.
 
     Parameters
     ----------
     y : Tensor, shape (1, 3, H, W)
-    kernels : Tensor, shape (n, 1, K, K)
-    prior, blur, noise_std
-        As of :func:`restore`.
+        Of a size at which the image prior can hold the scene behind it.
+    priors : mapping with "image" and "kernel"
+    blur : Blur
+    noise_std : float
+    steps : int
+        Of the diffusion.
+    starts : int
+        Runs, from the best guesses; when there are more, from the same ones with other noise.
+    seed : int
+    progress : bool
 
     Returns
     -------
-    Tensor, shape (n,)
-        Root mean squares; for the right kernel between once and twice the noise's standard deviation.
+    tuple of Tensor, shapes (starts, 1, K, K) and (starts,)
+        The best first, and what each leaves unexplained.
     """
-    images = (restore(y, k[None], prior, blur, 2 * noise_std) for k in kernels)
-    return torch.stack([_residual(y, x, k[None], blur) for x, k in zip(images, kernels, strict=True)])
+    window, many = priors["kernel"].shape[1], y.expand(starts, -1, -1, -1)
+    guesses = torch.cat([l0_pyramid(y, window, strength=s, periodic=blur.boundary == "circular")[1] for s in STRENGTHS])
+    rest, images = unexplained(y, guesses, priors["image"], blur, noise_std)
+    best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
+    start = {"image": images[best], "kernel": kernel_to_latent(guesses[best])}
+    # Steps as long as in a run of 300, which has about as many at these times.
+    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
+    seeds = [seed + i for i in range(starts)]
+    options = dict(steps=steps, seed=seeds, guidance=guidance, progress=progress)
+    run = sample(many, blur, priors, start=start, start_time=START_TIME, **options)
+    kernels = recentred(_cleaned(run.kernel))
+    rest, _ = unexplained(y, kernels, priors["image"], blur, noise_std)
+    order = rest.argsort()
+    return kernels[order], rest[order]
+
+
+def unexplained(
+    y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float
+) -> tuple[Tensor, Tensor]:
+    """What remains of ``y`` when it is restored with each kernel and blurred again: which of them fits?
+
+    The restoration expects twice the noise, so that it keeps to pictures that the prior knows: under a wrong kernel
+    there is none that explains ``y``. (The residual of a parallel run tells less: there image and kernel have adapted
+    to each other.) A kernel that does nothing explains any photograph, as a picture of something blurred: this is for
+    choosing among kernels that may be right.
+
+    Parameters
+    ----------
+    y : Tensor, shape (1, 3, H, W)
+        Of a size at which the prior can hold the scene behind it.
+    kernels : Tensor, shape (n, 1, K, K)
+    prior : DiffusionPrior
+        Of images.
+    blur : Blur
+    noise_std : float
+
+    Returns
+    -------
+    tuple of Tensor, shapes (n,) and (n, 3, H', W')
+        Root mean squares, for the right kernel between once and twice the noise's standard deviation; and the scenes.
+    """
+    many, guidance = y.expand(len(kernels), -1, -1, -1), DiffPIR(noise_std=2 * noise_std)
+    images = sample(many, partial(blur, kernel=kernels), {"image": prior}, steps=20, guidance=guidance).image
+    return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt(), images
 
 
 def estimate_noise(y: Tensor) -> float:

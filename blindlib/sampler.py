@@ -298,6 +298,8 @@ def sample(
     seed: int | Sequence[int] = 0,
     guidance: Callable | None = None,
     samples: int = 1,
+    start: Mapping[str, Tensor] | None = None,
+    start_time: int | None = None,
     history: int = 0,
     progress: bool = False,
     callback: Callable[[int, Latents], None] | None = None,
@@ -314,7 +316,7 @@ def sample(
     priors : mapping of name to Prior
         One for each of the operator's unknown arguments.
     steps : int
-        Reverse steps, from 1 to the length of the priors' schedule.
+        Reverse steps, from 1 to the length of the priors' schedule, or to ``start_time + 1``.
     seed : int or sequence of int
         The noise is a function of it and the index of the posterior sample; one for all measurements or one for each.
         An item comes out the same alone or in a batch.
@@ -322,6 +324,11 @@ def sample(
         What one step does; default ``DPS()``.
     samples : int
         Independent posterior samples of each measurement.
+    start : mapping of name to Tensor, optional
+        Estimates of every latent, (B, ...), to begin at instead of noise (SDEdit, arXiv 2108.01073), as diffusion
+        variables: a kernel through :func:`~blindlib.priors.kernel_to_latent`. They get the noise of ``start_time``.
+    start_time : int, optional
+        Highest time of a run with a ``start``. What is finer than its noise level is drawn anew, the rest stays.
     history : int
         How many frames of the run to keep, evenly spaced.
     progress : bool
@@ -347,7 +354,9 @@ def sample(
     """
     guidance = DPS() if guidance is None else guidance
     shapes, schedule = _check(y, operator, priors, samples)
-    times = schedule.timesteps(steps)
+    if (start is None) != (start_time is None):
+        raise ValueError("start, start_time: expected both or neither")
+    times = schedule.timesteps(steps, first=start_time)
     if history < 0 or history > steps:
         raise ValueError(f"history: expected 0 <= history <= steps = {steps}, got {history}")
     draws = _Noise(seed, len(y), samples, y.device)
@@ -355,7 +364,11 @@ def sample(
         known = {name: _repeated(value, len(y), samples) for name, value in operator.keywords.items()}
         operator = functools.partial(operator.func, *operator.args, **known)
     y = y.repeat_interleave(samples, 0)
-    x = {name: prior.start(draws(*shapes[name])) for name, prior in priors.items()}
+    noise = {name: draws(*shapes[name]) for name in priors}
+    if start is None:
+        x = {name: prior.start(noise[name]) for name, prior in priors.items()}
+    else:
+        x = _diffused(start, noise, times[0], priors, guidance, samples)
 
     frames = {round((i + 1) * steps / history) - 1 for i in range(history)}
     kept: dict[str, list[Tensor]] = {name: [] for name in ("t", "residual", *priors)}
@@ -388,6 +401,28 @@ def sample(
         seconds=time.perf_counter() - started,
         history={name: torch.stack(values) for name, values in kept.items() if values},
     )
+
+
+def _diffused(
+    start: Mapping[str, Tensor],
+    noise: Latents,
+    t: int,
+    priors: Mapping[str, Prior],
+    guidance: Callable,
+    samples: int,
+) -> Latents:
+    """``start`` with the noise that each latent has when the run is at ``t``."""
+    if set(start) != set(noise):
+        raise ValueError(f"start: expected one for each of {', '.join(noise)}, got {', '.join(start) or 'none'}")
+    out = {}
+    for name, z in noise.items():
+        x0 = start[name].to(z).repeat_interleave(samples, 0)
+        if x0.shape != z.shape or not bool(torch.isfinite(x0).all()):
+            expected = (len(z) // samples, *z.shape[1:])
+            raise ValueError(f"start: expected finite values of shape {expected} of the {name}, got {tuple(x0.shape)}")
+        own = guidance.time(name, t, priors[name]) if isinstance(guidance, DPS) else t
+        out[name] = priors[name].schedule.diffuse(x0, torch.tensor([own], device=z.device), z)
+    return out
 
 
 def _repeated(value: object, batch: int, samples: int) -> object:

@@ -53,7 +53,7 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def timesteps(self, steps: int, spacing: str = "half-log") -> list[int]:
+    def timesteps(self, steps: int, spacing: str = "half-log", *, first: int | None = None) -> list[int]:
         """``steps`` times from high noise to low, the last of them 0.
 
         Parameters
@@ -65,26 +65,30 @@ class NoiseSchedule:
             allow. Even times leave few steps for the last octaves of noise, where details and a kernel's bright spots
             settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every (T // steps)-th from 0
             (DDIM, arXiv 2010.02502).
+        first : int, optional
+            The highest time, default T - 1: for a run that starts below.
 
         Raises
         ------
         ValueError
-            If ``steps`` is not in 1 .. T or the spacing is unknown.
+            If ``first`` is not in 0 .. T - 1, ``steps`` not in 1 .. first + 1, or the spacing is unknown.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= len(self):
-            raise ValueError(f"steps: expected an integer from 1 to {len(self)}, got {steps!r}")
+        last = len(self) - 1 if first is None else first
+        if isinstance(last, bool) or not isinstance(last, int) or not 0 <= last < len(self):
+            raise ValueError(f"first: expected an integer from 0 to {len(self) - 1}, got {first!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= last + 1:
+            raise ValueError(f"steps: expected an integer from 1 to {last + 1}, got {steps!r}")
         if spacing not in ("half-log", "linspace", "leading"):
             raise ValueError(f"spacing: expected 'half-log', 'linspace' or 'leading', got {spacing!r}")
-        last = len(self) - 1
         if spacing == "leading":
-            times = [i * (len(self) // steps) for i in range(steps)]
+            times = [i * ((last + 1) // steps) for i in range(steps)]
         elif steps == 1:
             times = [last]
         elif spacing == "linspace":
             times = [round(i * last / (steps - 1)) for i in range(steps)]
         else:
-            octaves = (1 / self.alpha_bars - 1).log()
-            place = torch.arange(len(self)) / last + (octaves - octaves[0]) / (octaves[-1] - octaves[0])
+            octaves = (1 / self.alpha_bars[: last + 1] - 1).log()
+            place = torch.arange(last + 1) / last + (octaves - octaves[0]) / (octaves[-1] - octaves[0])
             times = []
             for i in range(steps):
                 nearest = int((place - 2 * i / (steps - 1)).abs().argmin())

@@ -17,7 +17,8 @@ from skimage import data
 from torch import Tensor
 
 from blindlib import DPS, Blur, DiffPIR, dead_leaves, load_prior, mnc, motion_kernels, psnr, sample
-from blindlib.deblur import read_image, resize, unexplained
+from blindlib.baselines import l0_pyramid
+from blindlib.deblur import find_kernels, read_image, resize, unexplained
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 NOISE_STD = 0.02
@@ -58,6 +59,11 @@ def main() -> None:
     proximal = DiffPIR(noise_std=NOISE_STD)
     ours, released = DPS().respaced(a.steps), DPS.released().respaced(a.steps)
 
+    def restored(kernel: Tensor, rest: Tensor) -> Tensor:
+        """What a kernel that is not quite right cannot explain is noise to the restoration."""
+        careful = DiffPIR(noise_std=max(NOISE_STD, float(rest.mean())))
+        return sample(y, partial(Blur(), kernel=kernel), image_only, steps=100, guidance=careful).image
+
     def methods() -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Each method's name, images and kernels, computed when they are asked for."""
         yield "blurred", y, None
@@ -68,12 +74,15 @@ def main() -> None:
         run = sample(y, Blur(), priors, steps=a.steps, samples=a.starts, guidance=ours, progress=True)
         yield f"BlindDPS, {a.starts} starts: the first", *(run.posterior(name)[:, 0] for name in priors)
         pairs = zip(y[:, None], run.posterior("kernel"), strict=True)
-        rest = torch.stack([unexplained(one, ks, priors["image"], Blur(), NOISE_STD) for one, ks in pairs])
+        rest = torch.stack([unexplained(one, ks, priors["image"], Blur(), NOISE_STD)[0] for one, ks in pairs])
         image, kernel = (run.posterior(name)[range(len(x)), rest.argmin(1)] for name in priors)
         yield "the one that explains y best", image, kernel
-        careful = DiffPIR(noise_std=max(NOISE_STD, float(rest.amin(1).mean())))
-        found = partial(Blur(), kernel=kernel)
-        yield "and then DiffPIR", sample(y, found, image_only, steps=100, guidance=careful).image, kernel
+        yield "and then DiffPIR", restored(kernel, rest.amin(1)), kernel
+        kernel = torch.cat([l0_pyramid(one, 32)[1] for one in y[:, None]])
+        yield "no diffusion: l0_pyramid, then DiffPIR", restored(kernel, torch.full((len(y),), 2 * NOISE_STD)), kernel
+        found = [find_kernels(one, priors, Blur(), NOISE_STD) for one in y[:, None]]
+        kernel, rest = (torch.cat([pair[i][:1] for pair in found]) for i in (0, 1))
+        yield "as deblur: started there, then DiffPIR", restored(kernel, rest), kernel
 
     table, began = {}, time.perf_counter()
     print(f"{'PSNR in dB and kernel MNC, mean (standard error)':40s}   scenes                     photographs")

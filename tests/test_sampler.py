@@ -124,6 +124,20 @@ def test_unconditional_samples_have_the_priors_spectrum():
     assert ratio.std() < 0.12
 
 
+def test_a_run_that_starts_late_keeps_the_prior(g):
+    """Samples of the prior, diffused and taken back, are samples of the prior, and still of the same coarse shape."""
+    prior = GaussianPrior(0.0, spectrum=spectrum(16))
+    start = torch.randn(100, 1, 16, 16, generator=g)
+    start = torch.fft.irfft2(prior.spectrum.sqrt() * torch.fft.rfft2(start), s=(16, 16))
+    options = dict(steps=150, start={"image": start}, start_time=149, seed=list(range(100)))
+    run = sample(torch.zeros_like(start), lambda image: 0 * image, {"image": prior}, **options)
+    power, before = (torch.fft.rfft2(x, norm="ortho") for x in (run.image, start))
+    ratio = power.abs().square().mean((0, 1)) / prior.spectrum[0]
+    assert ratio.mean().item() == pytest.approx(1, abs=0.05)
+    likeness = (power * before.conj()).real.mean((0, 1)) / prior.spectrum[0]
+    assert likeness[0, 0] > 0.9 and likeness[8, 8] < 0.5
+
+
 # ------------------------------------------------------------------------------------------------------ golden
 
 
@@ -306,6 +320,36 @@ def test_step_size_for_each_latent(small_priors, y):
     assert (frozen.kernel - free.kernel).abs().max() > 1e-4
 
 
+def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
+    """That of the run's first time, or less for a latent that leads; batch and samples as ever."""
+
+    class Noted:
+        def __init__(self, prior):
+            self.prior = prior
+
+        def __getattr__(self, name):
+            return getattr(self.prior, name)
+
+        def estimate(self, x_t, t):
+            seen.append((x_t.detach(), t))
+            return self.prior.estimate(x_t, t)
+
+    seen, start = [], {"image": 0.3 * torch.ones(3, 3, 16, 16), "kernel": -0.7 * torch.ones(3, 1, 8, 8)}
+    guidance = DPS.released(lead={"kernel": 2.0})
+    options = dict(steps=1, start=start, start_time=200, guidance=guidance, samples=2)
+    sample(y, Blur(), {name: Noted(prior) for name, prior in small_priors.items()}, **options)
+    schedule = small_priors["image"].schedule
+    for (x_t, t), (name, x0) in zip(seen, start.items(), strict=True):
+        a = schedule.alpha_bar(t)
+        assert schedule.sigma(t) == pytest.approx(schedule.sigma(200) / (1 if name == "image" else 2), rel=0.01)
+        noise = (x_t - math.sqrt(a) * x0[:1]) / math.sqrt(1 - a)
+        assert noise.mean().item() == pytest.approx(0, abs=0.2) and noise.std().item() == pytest.approx(1, abs=0.2)
+    whole = sample(y, Blur(), small_priors, **{**options, "steps": 3})
+    part = {name: x0[1:2] for name, x0 in start.items()}
+    alone = sample(y[1:2], Blur(), small_priors, **{**options, "steps": 3, "start": part})
+    torch.testing.assert_close(whole.posterior("kernel")[1:2], alone.posterior("kernel"), atol=1e-5, rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------- bad input
 
 
@@ -322,6 +366,15 @@ def test_step_size_for_each_latent(small_priors, y):
         (dict(y=torch.zeros(1, 3, 6, 6)), ValueError, r"kernel: \(8, 8\) is larger than the image"),
         (dict(steps=0), ValueError, "steps: expected an integer"),
         (dict(samples=0), ValueError, "samples: expected at least 1"),
+        (dict(start={}), ValueError, "start, start_time: expected both or neither"),
+        (dict(start={}, start_time=1000), ValueError, "first: expected an integer from 0 to 999, got 1000"),
+        (dict(start={}, start_time=5), ValueError, "steps: expected an integer from 1 to 6"),
+        (dict(start={}, start_time=50), ValueError, "start: expected one for each of image, kernel, got none"),
+        (
+            dict(start={"image": torch.zeros(1, 3, 16, 16), "kernel": torch.zeros(1, 1, 9, 9)}, start_time=50),
+            ValueError,
+            r"start: .* shape \(1, 1, 8, 8\) of the kernel, got \(1, 1, 9, 9\)",
+        ),
         (dict(history=11), ValueError, "history"),
         (dict(seed="a"), ValueError, "seed"),
         (dict(seed=[1, 2]), ValueError, "one for each of 1 measurements"),

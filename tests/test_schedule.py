@@ -92,6 +92,13 @@ def test_half_log_times_are_distinct_and_reach_both_ends(steps):
     assert times == sorted(set(times), reverse=True)
 
 
+@pytest.mark.parametrize("spacing", ["half-log", "linspace"])
+def test_times_of_a_run_that_starts_late(spacing):
+    times = NoiseSchedule.linear().timesteps(40, spacing, first=120)
+    assert len(times) == 40 and times[0] == 120 and times[-1] == 0
+    assert times == sorted(set(times), reverse=True)
+
+
 def test_half_log_is_halfway_between_even_in_time_and_in_log_sigma():
     s = NoiseSchedule.linear()
     times = s.timesteps(9)
