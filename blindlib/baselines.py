@@ -25,6 +25,7 @@ def l0_pyramid(
     strength: float = 0.008,
     ridge: float = 0.2,
     rounds: int = 10,
+    levels: int | None = None,
     periodic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Image and kernel by alternating an image of few edges with the kernel that takes its edges to those of ``y``.
@@ -43,6 +44,8 @@ def l0_pyramid(
         Keeps down what the edges do not tell of the kernel.
     rounds : int
         At each level.
+    levels : int, optional
+        Below the full size; default as many as leave the kernel 8 pixels. 0: no pyramid.
     periodic : bool
         Whether ``y`` is blurred circularly; if not, its borders are faded first, so that they make no edges.
 
@@ -61,13 +64,15 @@ def l0_pyramid(
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the side of y, got {kernel_size}")
     if not periodic:
         y = faded(y, kernel_size // 2)
-    levels = max(0, math.floor(2 * math.log2(kernel_size / SMALLEST)))
-    kernel = torch.zeros(len(y), 1, SMALLEST, SMALLEST, dtype=y.dtype, device=y.device)
-    kernel[..., SMALLEST // 2, SMALLEST // 2] = 1
-    for level in range(levels, -1, -1):
-        scale = 2 ** (-level / 2)
+    if levels is None:
+        levels = max(0, math.floor(2 * math.log2(kernel_size / SMALLEST)))
+    scales = [2 ** (-level / 2) for level in range(levels, -1, -1)]
+    coarsest = max(1, round(kernel_size * scales[0]))
+    kernel = torch.zeros(len(y), 1, coarsest, coarsest, dtype=y.dtype, device=y.device)
+    kernel[..., coarsest // 2, coarsest // 2] = 1
+    for scale in scales:
         small = F.interpolate(y, [round(side * scale) for side in y.shape[-2:]], mode="bilinear", antialias=True)
-        kernel = _enlarged(kernel, round(kernel_size * scale))
+        kernel = _enlarged(kernel, max(1, round(kernel_size * scale)))
         cost = strength
         for _ in range(rounds):
             image = cartoon(small, kernel, cost)

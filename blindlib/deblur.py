@@ -22,8 +22,9 @@ from blindlib.operators import BOUNDARIES, Blur
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, sample
 
-# Of the guesses that the diffusion starts from, and the time it starts at: noise that hides what is fine in them only.
-STRENGTHS = (0.004, 0.008, 0.016)
+# Strength and ridge of the guesses that the diffusion starts from, and the time it starts at: its noise hides what is
+# fine in them only. No one setting suits all pictures.
+GUESSES = ((0.004, 0.2), (0.008, 0.2), (0.016, 0.2), (0.008, 0.05), (0.002, 0.8))
 START_TIME = 120
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -260,7 +261,8 @@ def find_kernels(
         The best first, and what each leaves unexplained.
     """
     window, many = priors["kernel"].shape[1], y.expand(starts, -1, -1, -1)
-    guesses = torch.cat([l0_pyramid(y, window, strength=s, periodic=blur.boundary == "circular")[1] for s in STRENGTHS])
+    periodic = blur.boundary == "circular"
+    guesses = torch.cat([l0_pyramid(y, window, strength=s, ridge=r, periodic=periodic)[1] for s, r in GUESSES])
     rest, images = unexplained(y, guesses, priors["image"], blur, noise_std)
     best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
     start = {"image": images[best], "kernel": kernel_to_latent(guesses[best])}

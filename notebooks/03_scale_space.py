@@ -52,11 +52,9 @@ from blindlib import (
     DPS,
     Blur,
     DiffPIR,
-    DiffusionPrior,
     EmpiricalPrior,
     GaussianMixturePrior,
     GaussianPrior,
-    NoiseSchedule,
     blur_kernels,
     dead_leaves,
     display,
@@ -66,15 +64,15 @@ from blindlib import (
     psnr,
     sample,
 )
+from blindlib.baselines import l0_pyramid
 from blindlib.deblur import read_image, resize
 from blindlib.metrics import recentred
-from blindlib.operators import otf
 from blindlib.priors import kernel_to_latent
 
 sizes = {
-    "ci": {"side": 64, "examples": 32, "steps": 16, "descent": 300, "restore": 6},
-    "cpu": {"side": 64, "examples": 512, "steps": 200, "descent": 800, "restore": 30},
-    "gpu": {"side": 256, "examples": 4096, "steps": 1000, "descent": 3000, "restore": 100},
+    "ci": {"side": 64, "examples": 32, "steps": 16, "descent": 300, "restore": 6, "late": 6},
+    "cpu": {"side": 64, "examples": 512, "steps": 200, "descent": 800, "restore": 30, "late": 60},
+    "gpu": {"side": 256, "examples": 4096, "steps": 1000, "descent": 3000, "restore": 100, "late": 90},
 }[preset]
 side, steps = sizes["side"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
@@ -593,92 +591,38 @@ for name, cost in (costs | {name: badness(y, *pair) for name, pair in found.item
 
 
 # %%
-def shrunk(x, size):
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
-
-
-def enlarged(k, size):
-    k = F.interpolate(k, size=(size, size), mode="bicubic").clamp(min=0)
-    return recentred(k / k.sum((-2, -1), keepdim=True))
-
-
-def derivatives(n):
-    """Transfer functions of forward differences along x and y, (2, 1, 1, n, n / 2 + 1)."""
-    fx, fy = torch.fft.rfftfreq(n)[None, :], torch.fft.fftfreq(n)[:, None]
-    d = torch.stack([torch.exp(2j * math.pi * f) - 1 for f in (fx.expand(n, -1), fy.expand(-1, n // 2 + 1))])
-    return d[:, None, None].to(device)
-
-
-def cartoon(y, k, strength):
-    """The image of few edges that k blurs to y: half-quadratic splitting, edges below a threshold are cut."""
-    n, weight, x = y.shape[-1], 2 * strength, y
-    h, d = otf(k, (n, n)), derivatives(n)
-    while weight < 1e3:
-        edges = torch.fft.irfft2(d * torch.fft.rfft2(x), s=(n, n))
-        edges = edges * (edges.square().sum((0, 2), keepdim=True) > strength / weight)
-        top = h.conj() * torch.fft.rfft2(y) + weight * (d.conj() * torch.fft.rfft2(edges)).sum(0)
-        x = torch.fft.irfft2(top / (h.abs() ** 2 + weight * d.abs().square().sum(0) + 1e-8), s=(n, n))
-        weight *= 2
-    return x.clamp(-1, 1)
-
-
-def kernel_between(x, y, size, ridge=0.2):
-    """The kernel of size x size that takes the differences of x to those of y: least squares, faint pixels cut."""
-    n = y.shape[-1]
-    d = derivatives(n)
-    of_x, of_y = d * torch.fft.rfft2(x), d * torch.fft.rfft2(y)
-    top, bottom = (of_x.conj() * of_y).sum((0, 2)), of_x.abs().square().sum((0, 2)) + ridge * n**2
-    k = torch.fft.irfft2(top / bottom, s=(n, n))[:, None].roll((size // 2, size // 2), (-2, -1))[..., :size, :size]
-    k = k * (k > 0.05 * k.amax((-2, -1), keepdim=True))
-    return k / k.sum((-2, -1), keepdim=True)
-
-
-def alternate(y, k, strength=0.004, rounds=10):
-    for _ in range(rounds):
-        x = cartoon(y, k, strength)
-        k = kernel_between(x, y, k.shape[-1])
-        strength = 0.9 * strength
-    return x, recentred(k)
-
-
 def pyramid(solve, y, k):
     """Solve on smaller pictures first; each level starts from the kernel of the one before."""
     for size in [n for n in (16, 22, 32, 45, 64, 90, 128, 181, 256) if n <= side]:
-        k = enlarged(k, size * window // side)
-        _, k = pair = solve(shrunk(y, size), k)
+        k = F.interpolate(k, (size * window // side,) * 2, mode="bicubic").clamp(min=0)
+        k = recentred(k / k.sum((-2, -1), keepdim=True))
+        _, k = pair = solve(F.interpolate(y, (size, size), mode="bilinear", antialias=True), k)
     return pair
 
 
 found["descent, pyramid"] = pyramid(lambda y, k: descend(y, y, k, sizes["descent"] // 2), y, flat)
-found["few edges"] = alternate(y, pixel)
-found["few edges, pyramid"] = pyramid(alternate, y, pixel)
+found["few edges"] = l0_pyramid(y, window, strength=0.004, levels=0)
+found["few edges, pyramid"] = l0_pyramid(y, window, strength=0.004)
 
 # %% [markdown]
 # **Diffusion without its coarse scales.** Last, the fair control: the same priors, guidance and steps, but the run
-# starts late, at $\sigma = 1$, 0.3 or 0.1, from $x = y$ and no blur with that much noise. A schedule that is cut short
-# and a `start` of its own are all it takes.
-
+# starts late, at $\sigma = 1$, 0.3 or 0.1, from $x = y$ and no blur with that much noise. And then the same late start,
+# but from what the pyramid found: its image, restored anew, and its kernel.
 
 # %%
-class Late(DiffusionPrior):
-    """A prior whose diffusion starts at `guess` (B, C, H, W) plus noise of level `sigma`."""
-
-    def __init__(self, prior, guess, sigma):
-        short = NoiseSchedule(prior.schedule.betas[: prior.schedule.time(sigma) + 1])
-        super().__init__(prior.net, prior.latent, prediction=prior.prediction, schedule=short, size=prior.shape[1])
-        self.guess = guess
-
-    def start(self, noise):
-        last = torch.tensor([len(self.schedule) - 1], device=noise.device)
-        return self.schedule.diffuse(self.guess, last, noise)
-
-
 guidance = DPS(lead={}).respaced(steps, side)
 for sigma in (0.1, 0.3, 1.0):
-    late = {"image": Late(priors["image"], y, sigma), "kernel": Late(priors["kernel"], kernel_to_latent(pixel), sigma)}
-    left = max(round(len(late["image"].schedule) / 1000 * steps), 2)
-    run = sample(y, blur, late, steps=left, seed=seed, guidance=guidance)
+    late = dict(start={"image": y, "kernel": kernel_to_latent(pixel)}, start_time=schedule.time(sigma))
+    left = max(round(late["start_time"] / 1000 * steps), 2)
+    run = sample(y, blur, priors, steps=left, seed=seed, guidance=guidance, **late)
     found[f"diffusion from {sigma}"] = run.image, run.kernel
+
+guess = found["few edges, pyramid"][1]
+known = partial(blur, kernel=guess)
+anew = sample(y, known, {"image": priors["image"]}, steps=sizes["restore"], guidance=DiffPIR(2 * noise_std)).image
+late = dict(start={"image": anew, "kernel": kernel_to_latent(guess)}, start_time=120)
+run = sample(y, blur, priors, steps=sizes["late"], seed=seed, guidance=DPS().respaced(300, side), **late)
+found["pyramid, then diffusion"] = run.image, run.kernel
 found |= {f"diffusion, {name}": (run.image, run.kernel) for name, run in runs.items()}
 
 # %% [markdown]
@@ -764,6 +708,7 @@ short = {
     "few edges": "edges",
     "few edges, pyramid": "pyramid",
     "diffusion, with lead": "diffusion",
+    "pyramid, then diffusion": "both",
 }
 _ = display.record(
     "03_scale_space",
@@ -801,13 +746,13 @@ _ = display.record(
 # right.
 # </details>
 #
-# **2. Is the pyramid needed?** Give `alternate` a larger `strength`, 0.008, at one scale and in the pyramid.
+# **2. Is the pyramid needed?** Give `l0_pyramid` a larger `strength`, 0.008, at one scale and in the pyramid.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# stronger = partial(alternate, strength=0.008)
-# for x, k in (stronger(y, pixel), pyramid(stronger, y, pixel)):
+# for levels in (0, None):
+#     x, k = l0_pyramid(y, window, strength=0.008, levels=levels)
 #     print(psnr(x, truth, max_shift=4), mnc(k, kernels))
 # ```
 #
