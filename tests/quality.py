@@ -23,8 +23,8 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 NOISE_STD = 0.02
 
 
-def photographs(seed: int) -> Tensor:
-    """Eight cut-outs of the photographs that come with scikit-image, (8, 3, 64, 64)."""
+def photographs(seed: int, size: int = 64) -> Tensor:
+    """Eight cut-outs of the photographs that come with scikit-image, (8, 3, size, size)."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for name in PHOTOS:
@@ -33,7 +33,7 @@ def photographs(seed: int) -> Tensor:
         side = int(short * (0.4 + 0.5 * torch.rand((), generator=g)))
         top, left = (int((n - side) * torch.rand((), generator=g)) for n in x.shape[-2:])
         x = x[..., top : top + side, left : left + side]
-        out.append(resize(x, 64))
+        out.append(resize(x, size))
     return torch.cat(out)
 
 
