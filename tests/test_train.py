@@ -42,16 +42,16 @@ def test_training_learns_to_denoise_and_writes_everything(tmp_path):
 
 
 def test_the_same_loop_trains_the_denoiser_of_kernels(tmp_path, monkeypatch):
-    tiny = Recipe(lambda **where: motion_kernels(64, 16, **where), 8, dict(channels=8), 8, 2e-3, task=Denoising)
+    tiny = Recipe(lambda **where: motion_kernels(64, 16, **where), 8, dict(channels=8), 8, 0.02, task=Denoising)
     monkeypatch.setitem(RECIPES, "kernel-denoiser", tiny)
-    path = train.train("kernel-denoiser", tmp_path, steps=60, device="cpu", progress=str)
+    path = train.train("kernel-denoiser", tmp_path, steps=150, device="cpu", progress=str)
     history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
     before = Validation(tiny, torch.device("cpu"))(Denoising(KernelDenoiser(channels=8), "kernel-denoiser", tiny))
     assert history[-1][-1] > before[-1] + 1
     assert load_kernel_denoiser(path)(torch.zeros(1, 1, 8, 8), 0.01).shape == (1, 1, 8, 8)
     lines = []
-    train.train("kernel-denoiser", tmp_path, steps=61, device="cpu", progress=lines.append)
-    assert lines[0] == "resuming at step 60"
+    train.train("kernel-denoiser", tmp_path, steps=151, device="cpu", progress=lines.append)
+    assert lines[0] == "resuming at step 150"
 
 
 def test_kernels_of_every_window_fill_a_crop():
