@@ -292,6 +292,30 @@ def test_known_kernel_by_pigdm_sharpens():
     assert (psnr(run.image, x) > psnr(y, x) + 3).all()
 
 
+@pytest.mark.parametrize("settings", [{}, as_published(32)], ids=["default", "as published"])
+def test_fast_em_finds_the_kernel_from_edges_and_from_no_blur(settings):
+    from skimage import data
+
+    from blindlib import load_prior
+    from blindlib.deblur import read_image, resize
+
+    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=0)
+    y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02, steps=30, **settings)
+    assert mnc(run.kernel, k) > 0.8 and mnc(run.kernel, delta(32)) < 0.7
+    assert psnr(run.image, x, max_shift=4) > psnr(y, x, max_shift=4) + 2
+
+
+def test_a_threshold_never_leaves_no_blur():
+    """Why the regulariser is a denoiser: what is cut at a tenth of the peak cannot grow."""
+
+    x, k = dead_leaves(1, 64, seed=3), gaussian_kernels(1, 15, std=(2.0, 2.0), seed=0)
+    y, kernel = Blur()(x, k), delta(15)
+    for _ in range(3):
+        kernel = fit_kernel(y, y, 0.02, kernel, Threshold())
+    torch.testing.assert_close(kernel, delta(15))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
