@@ -9,7 +9,7 @@ PRIOR ?= image
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
-.PHONY: help demo test lab sync baselines figures train bench gpu clean
+.PHONY: help demo test lab sync baselines figures train bench benchmark gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,12 +48,15 @@ figures: sync  ## execute the notebooks at "cpu", in place: their outputs, pictu
 	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
 	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb)
 
-train: .venv/ready  ## train a prior, or go on training it (PRIOR=image or kernel)
+train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel or kernel-denoiser)
 	$(BIN)/python -m blindlib.train $(PRIOR)
 
 bench: .venv/ready  ## cost of a sampler step against the bare networks; quality of the priors on a fresh set
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/quality.py
+
+benchmark: .venv/ready  ## every way to an unknown kernel on the same measurements, into figures/benchmark.json; resumable
+	$(BIN)/python tests/benchmark.py
 
 gpu: .venv/ready  ## execute the notebooks at "gpu", into runs/gpu
 	mkdir -p runs/gpu/notebooks runs/gpu/figures

@@ -1,7 +1,20 @@
 """Blind inverse problems with diffusion models: recover an image *and* the operator that degraded it."""
 
+from blindlib.baselines import l0_pyramid
 from blindlib.deblur import Deblurred, deblur
-from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
+from blindlib.em import (
+    L1,
+    L2,
+    KernelDenoiser,
+    PlugAndPlay,
+    Threshold,
+    as_published,
+    diffusion_em,
+    fast_em,
+    fit_kernel,
+    load_kernel_denoiser,
+    prior_denoiser,
+)
 from blindlib.matching import Learned, fit_flow, learn_operator, load_operator, retrieved_kernel, spectrum_kernel
 from blindlib.metrics import mnc, psnr
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
@@ -39,15 +52,18 @@ __all__ = [
     "EmpiricalPrior",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "KernelDenoiser",
     "Learned",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",
     "Result",
     "SpaceVaryingBlur",
+    "Threshold",
     "Turbulence",
     "UNet",
     "UniformPrior",
+    "as_published",
     "blur_kernels",
     "dead_leaves",
     "deblur",
@@ -58,8 +74,10 @@ __all__ = [
     "fit_kernel",
     "gaussian_kernels",
     "kolmogorov_tilts",
+    "l0_pyramid",
     "learn_operator",
     "linear_kernels",
+    "load_kernel_denoiser",
     "load_operator",
     "load_prior",
     "mnc",

@@ -24,7 +24,7 @@ from blindlib.sampler import DPS, DiffPIR, sample
 
 # Strength and ridge of the guesses that the diffusion starts from, and the time it starts at: its noise hides what is
 # fine in them only. No one setting suits all pictures.
-GUESSES = ((0.004, 0.2), (0.008, 0.2), (0.016, 0.2), (0.008, 0.05), (0.002, 0.8))
+GUESSES = ((0.2, 500), (0.4, 500), (0.8, 500), (0.4, 125), (0.1, 2000))
 START_TIME = 120
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -262,7 +262,8 @@ def find_kernels(
     """
     window, many = priors["kernel"].shape[1], y.expand(starts, -1, -1, -1)
     periodic = blur.boundary == "circular"
-    guesses = torch.cat([l0_pyramid(y, window, strength=s, ridge=r, periodic=periodic)[1] for s, r in GUESSES])
+    guesses = [l0_pyramid(y, window, noise_std, strength=s, ridge=r, periodic=periodic)[1] for s, r in GUESSES]
+    guesses = torch.cat(guesses)
     rest, images = unexplained(y, guesses, priors["image"], blur, noise_std)
     best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
     start = {"image": images[best], "kernel": kernel_to_latent(guesses[best])}

@@ -3,24 +3,34 @@
 The E-step draws images given the kernel, the M-step (:func:`fit_kernel`) fits the kernel to them. :func:`diffusion_em`
 alternates whole runs with M-steps; :func:`fast_em` makes one run, with an M-step at each of its steps. Both are
 :func:`~blindlib.sampler.sample` with a guidance of their own. All blurs are circular: the M-step is solved by FFT.
+
+The regulariser decides: with a kernel denoiser EM finds the kernel, without one it is lost. It starts by default from
+:func:`~blindlib.baselines.l0_pyramid` and fits no kernel before images have edges, which is a little better than the
+paper's start, :func:`as_published`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
+from blindlib.baselines import l0_pyramid
 from blindlib.operators import Blur, otf
-from blindlib.priors import Prior, kernel_to_latent
+from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, Latents, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
 
 Regularizer = Callable[[Tensor, float], Tensor]
+
+# Time below which images have edges to fit a kernel to.
+FIT_BELOW = 300
 
 
 @dataclass(frozen=True)
@@ -44,22 +54,105 @@ class L2:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Cuts what is fainter than ``share`` of a kernel's peak: few pixels are lit (an l0 norm's proximal map).
+
+    The least-squares solve leaves a haze of errors all over the window, most of it far below the peak.
+    """
+
+    share: float = 0.1
+
+    def __call__(self, kernel: Tensor, beta: float) -> Tensor:
+        return kernel * (kernel > self.share * kernel.amax((-2, -1), keepdim=True))
+
+
+@dataclass(frozen=True)
 class PlugAndPlay:
     """A denoiser in the place of the proximal map, at the noise level that belongs to it, sqrt(weight / beta).
 
     Parameters
     ----------
-    denoise : callable
+    denoise : callable, optional
         ``denoise(kernel, std)``: kernels (B, 1, K, K) that sum to one, with white noise of standard deviation ``std``.
+        Default: the net that ships, :func:`load_kernel_denoiser`.
     weight : float
         lambda in the paper: 1 for windows of 33 x 33, 0.2 for 64 x 64.
     """
 
-    denoise: Callable[[Tensor, float], Tensor]
+    denoise: Callable[[Tensor, float], Tensor] | None = None
     weight: float = 1.0
 
     def __call__(self, kernel: Tensor, beta: float) -> Tensor:
-        return self.denoise(kernel, (self.weight / beta) ** 0.5)
+        denoise = self.denoise or _shipped_denoiser(kernel.device)
+        return denoise(kernel, (self.weight / beta) ** 0.5)
+
+
+class KernelDenoiser(nn.Module):
+    """A small net that takes noise off kernels, for :class:`PlugAndPlay`; fully convolutional, for any window.
+
+    The noise level is a second input channel (FFDNet, arXiv 1710.04026), and nothing has a bias, so that the net is
+    homogeneous of degree one (arXiv 1906.05478): kernel and noise ten times as large give a result ten times as large.
+
+    Parameters
+    ----------
+    channels : int
+        Of the hidden layers.
+    dilations : sequence of int
+        Of each 3x3 layer: 1, 2, 3, 2, 1 see 19 pixels, where a kernel's strokes and their noise look different.
+    """
+
+    def __init__(self, channels: int = 32, dilations: Sequence[int] = (1, 2, 3, 2, 1)) -> None:
+        super().__init__()
+        widths = [2, *[channels] * (len(dilations) - 1), 1]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=d, dilation=d, bias=False)
+            for i, o, d in zip(widths, widths[1:], dilations, strict=False)
+        )
+        self.config = dict(channels=channels, dilations=list(dilations))
+
+    def forward(self, kernel: Tensor, std: float | Tensor) -> Tensor:
+        """``kernel`` (B, 1, K, L), on the scale of kernels that sum to one, without its white noise of ``std``.
+
+        ``std`` is one number, or one for each kernel, (B,).
+        """
+        level = torch.as_tensor(std).to(kernel).reshape(-1, 1, 1, 1).expand_as(kernel)
+        h = torch.cat([kernel, level], dim=1)
+        for layer in self.layers[:-1]:
+            h = layer(h).relu()
+        return kernel - self.layers[-1](h)
+
+    def save(self, path: str | Path, note: str = "") -> None:
+        """Write it as safetensors, whole or not at all; :func:`load_kernel_denoiser` reads it."""
+        write_checkpoint(path, dict(net=self.config, note=note), dict(self.state_dict()))
+
+
+def load_kernel_denoiser(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> KernelDenoiser:
+    """The denoiser of kernels that ships, or one that ``python -m blindlib.train kernel-denoiser`` wrote to ``path``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no checkpoint of such a net.
+
+    Examples
+    --------
+    >>> regularizer = PlugAndPlay(load_kernel_denoiser("my.safetensors"))  # doctest: +SKIP
+    """
+    path = KERNEL_DENOISER if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {str(path)!r}")
+    about, state = read_checkpoint(path)
+    try:
+        net = KernelDenoiser(**(about or {})["net"])
+        net.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of a kernel denoiser: {error}") from None
+    return net.eval().requires_grad_(False).to(device)
+
+
+_shipped_denoiser = functools.cache(lambda device: load_kernel_denoiser(device=device))
 
 
 def prior_denoiser(prior: Prior) -> Callable[[Tensor, float], Tensor]:
@@ -200,14 +293,14 @@ class EM:
         Neighbouring items that are samples of one measurement, and share its kernel.
     regularizer : callable, optional
     fit_below : int
-        M-steps begin at this time. Before, x0_hat has no edges yet, and the kernel would follow its blur.
+        M-steps begin at this time. Before, the image has no edges yet to fit a kernel to.
     """
 
     guidance: Callable
     noise_std: float
     samples: int = 1
     regularizer: Regularizer | None = None
-    fit_below: int = 1000
+    fit_below: int = FIT_BELOW
 
     def __call__(
         self,
@@ -240,9 +333,9 @@ def fast_em(
     steps: int = 100,
     backbone: str = "pigdm",
     samples: int = 1,
-    regularizer: Regularizer | None = None,
+    regularizer: Regularizer | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
-    fit_below: int = 1000,
+    fit_below: int = FIT_BELOW,
     **options: object,
 ) -> Result:
     """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287).
@@ -263,7 +356,7 @@ def fast_em(
     regularizer : callable, optional
         Of the M-step, see :func:`fit_kernel`.
     kernel0 : Tensor, shape (B or 1, 1, K, K), optional
-        Start; default a centred delta.
+        Start; default that of :func:`~blindlib.baselines.l0_pyramid`.
     fit_below : int
         M-steps begin at this time of the diffusion.
     **options
@@ -278,9 +371,14 @@ def fast_em(
     ------
     ValueError
         If the backbone is unknown, or sizes do not fit.
+
+    Examples
+    --------
+    >>> run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02)  # doctest: +SKIP
     """
-    kernel0 = _start(y, kernel_size, kernel0)
-    guidance = EM(_backbone(backbone, noise_std, steps), noise_std, samples, regularizer, fit_below)
+    kernel0 = _start(y, kernel_size, kernel0, noise_std)
+    e_step = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
+    guidance = EM(e_step, noise_std, samples, regularizer, fit_below)
     priors = {"image": image_prior, "kernel": _KernelEstimate(kernel0, image_prior.schedule)}
     return sample(y, Blur(), priors, steps=steps, samples=samples, guidance=guidance, **options)
 
@@ -295,7 +393,7 @@ def diffusion_em(
     rounds: int = 10,
     backbone: str = "pigdm",
     samples: int = 1,
-    regularizer: Regularizer | None = None,
+    regularizer: Regularizer | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
     **options: object,
 ) -> Result:
@@ -304,10 +402,10 @@ def diffusion_em(
     Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
     last round's.
     """
-    kernel = _start(y, kernel_size, kernel0)
+    kernel = _start(y, kernel_size, kernel0, noise_std)
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    guidance = _backbone(backbone, noise_std, steps)
+    guidance = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     seconds = 0.0
     for _ in range(rounds):
         operator = partial(Blur(), kernel=kernel.expand(len(y), -1, -1, -1))
@@ -318,21 +416,31 @@ def diffusion_em(
     return replace(run, latents=latents, evaluations=rounds * steps, seconds=seconds)
 
 
-def _backbone(name: str, noise_std: float, steps: int) -> Callable:
+def as_published(kernel_size: int) -> dict:
+    """Arguments that make :func:`fast_em` what the paper has: ``fast_em(..., **as_published(33))``.
+
+    The start is a centred bright pixel, and M-steps are made from the first step on. :func:`diffusion_em` takes
+    ``kernel0`` of these.
+    """
+    delta = torch.zeros(1, 1, kernel_size, kernel_size)
+    delta[..., kernel_size // 2, kernel_size // 2] = 1
+    return dict(kernel0=delta, fit_below=1000)
+
+
+def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     if name == "pigdm":
         return PiGDM(noise_std)
     if name == "dps":
-        return DPS().respaced(steps)
+        return DPS().respaced(steps, side)
     raise ValueError(f"backbone: expected 'pigdm' or 'dps', got {name!r}")
 
 
-def _start(y: Tensor, size: int, kernel0: Tensor | None) -> Tensor:
+def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float) -> Tensor:
     """The kernel to start from, on y's device."""
     if size < 1 or size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:
-        kernel0 = torch.zeros(1, 1, size, size)
-        kernel0[..., size // 2, size // 2] = 1
+        _, kernel0 = l0_pyramid(y, size, noise_std)
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
         raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
     return kernel0.to(y).expand(len(y), -1, -1, -1)

@@ -22,6 +22,8 @@ from blindlib.schedule import NoiseSchedule
 from blindlib.unet import UNet
 
 WEIGHTS = Path(__file__).parent / "weights"
+# Ships beside the priors but is none: `blindlib.em` reads it.
+KERNEL_DENOISER = WEIGHTS / "kernel-denoiser.safetensors"
 
 CHANNELS = {"image": 3, "kernel": 1, "tilt": 2}
 
@@ -454,7 +456,7 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
 
 def shipped_priors() -> list[str]:
     """Names of the priors in the package's ``weights`` folder."""
-    return sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
+    return sorted(p.stem for p in WEIGHTS.glob("*.safetensors") if p != KERNEL_DENOISER)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -237,10 +237,11 @@ class PiGDM:
             pull = (solve(operator, y, mean, max(self.noise_std, 1e-3) ** 2 / variance) - mean) / variance
             # (1 - alpha_bar) / sqrt(alpha_bar) J is the covariance of x_0 given x_t (Tweedie's second moment).
             moved = mean + (1 - a) / math.sqrt(a) * torch.autograd.grad(x0, x_t, pull)[0]
-        norm = (y - operator(**{name: mean})).flatten(1).norm(dim=1)
+        moved = prior.physical(moved)
+        norm = (y - operator(**{name: moved})).flatten(1).norm(dim=1)
         extra = None if extra is None else extra.detach()
-        new = prior.step(x_t.detach(), prior.physical(moved), t, t_prev, noise[name], extra)
-        return {name: new}, {name: mean}, norm
+        new = prior.step(x_t.detach(), moved, t, t_prev, noise[name], extra)
+        return {name: new}, {name: moved}, norm
 
 
 def solve(operator: Callable, y: Tensor, image: Tensor, weight: float) -> Tensor:

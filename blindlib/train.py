@@ -1,4 +1,4 @@
-"""Training of the priors that ship: ``python -m blindlib.train image`` or ``kernel``.
+"""Training of what ships: ``python -m blindlib.train image``, ``kernel`` or ``kernel-denoiser``.
 
 One loop for every prior and every machine: a CPU, a GPU, or several under ``accelerate launch -m blindlib.train
 image``. The data are procedural (:mod:`blindlib.simulate`) and made while training runs. A run lives in one folder;
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blindlib import simulate
+from blindlib.em import KernelDenoiser
 from blindlib.priors import DiffusionPrior, kernel_to_latent
 from blindlib.unet import UNet
 
@@ -33,11 +34,80 @@ class Recipe:
     size: int
     """Training crops are ``size`` x ``size``."""
     net: dict
-    """Settings of the :class:`UNet`."""
+    """Settings of the network."""
     batch: int
     learning_rate: float = 5e-4
     any_size: bool = True
     """Whether the prior works at any size; if not, examples are not turned either (a kernel has a centre pixel)."""
+    task: type | None = None
+    """What the network is trained for; default :class:`Diffusion`."""
+
+
+def kernels_of_some_window(n: int, size: int, *, seed: int, device: str | torch.device) -> Tensor:
+    """Kernels that sum to one, (n, 1, S, S): of a window that the seed picks, and S its side or ``size`` if larger."""
+    g = torch.Generator().manual_seed(seed)
+    window = _pick((17, 21, 25, 32, 33, 48, 64), g)
+    pad = max(size - window, 0)
+    kernels = simulate.blur_kernels(n, window, seed=seed, device=device)
+    return torch.nn.functional.pad(kernels, (pad // 2, pad - pad // 2) * 2)
+
+
+class Diffusion:
+    """A recipe's task: to denoise at the noise levels of a diffusion. Holds the prior of the net that is averaged."""
+
+    Net = UNet
+    levels = (20, 100, 300)
+    """Times at which denoising is validated."""
+
+    def __init__(self, net: UNet, name: str, recipe: Recipe) -> None:
+        self.prior = DiffusionPrior(net, name, prediction="v", size=None if recipe.any_size else recipe.size)
+        self.save, self.size = self.prior.save, recipe.size
+
+    def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
+        """Of a batch ``x0``, (B,), with times and noise drawn from ``g``."""
+        # Stratified times, denser at low noise, where the detail is.
+        u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=g)) / len(x0)
+        t = (u**1.5 * len(self.prior.schedule)).long().to(x0.device)
+        noise = torch.randn(x0.shape, generator=g).to(x0.device)
+        return v_loss(net, self.prior, x0.contiguous(memory_format=torch.channels_last), t, noise)
+
+    def denoise(self, x0: Tensor, noise: Tensor, level: int) -> Tensor:
+        """``x0`` with ``noise`` of that level, denoised."""
+        x_t = self.prior.schedule.diffuse(x0, torch.tensor([level], device=x0.device), noise)
+        return self.prior.denoise(x_t, level)
+
+    def pictures(self) -> Tensor:
+        """Sixteen samples in [0, 1]."""
+        return (draw_samples(self.prior, 16, self.size) + 1) / 2
+
+
+class Denoising:
+    """A recipe's task: to denoise kernels that sum to one, for the M-step of :mod:`blindlib.em`."""
+
+    Net = KernelDenoiser
+    levels = (0.001, 0.003, 0.01)
+    """Standard deviations of the noise at which denoising is validated; the M-step's is sqrt(weight / beta)."""
+
+    def __init__(self, net: KernelDenoiser, name: str, recipe: Recipe) -> None:
+        self.net, self.save, self.recipe = net, net.save, recipe
+
+    def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
+        """Of a batch ``x0``, (B,), with noise levels, even in log from 0.0005 to 0.05, and noise drawn from ``g``."""
+        u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=g)) / len(x0)
+        std = (0.0005 * 100**u).to(x0.device)
+        noisy = x0 + std[:, None, None, None] * torch.randn(x0.shape, generator=g).to(x0.device)
+        return (net(noisy, std).float() - x0).square().mean((1, 2, 3)) / std**2
+
+    def denoise(self, x0: Tensor, noise: Tensor, level: float) -> Tensor:
+        """``x0`` with ``noise`` of that level, denoised."""
+        return self.net(x0 + level * noise, level)
+
+    def pictures(self) -> Tensor:
+        """Eight noisy kernels in [0, 1], and the same denoised."""
+        x = self.recipe.data(seed=-1, device=next(self.net.parameters()).device)[:8, :, :32, :32]
+        noisy = x + self.levels[1] * torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
+        both = torch.stack([noisy, self.net(noisy, self.levels[1])])
+        return (both / x.amax((1, 2, 3), keepdim=True)).clamp(0, 1).flatten(0, 1)
 
 
 RECIPES = {
@@ -53,6 +123,14 @@ RECIPES = {
         net=dict(in_channels=1, base_channels=32, multipliers=(1, 2, 3), attention=(4,), head_channels=32, groups=8),
         batch=64,
         any_size=False,
+    ),
+    "kernel-denoiser": Recipe(
+        data=lambda **where: kernels_of_some_window(256, 32, **where),
+        size=32,
+        net=dict(channels=32, dilations=(1, 2, 3, 2, 1)),
+        batch=32,
+        learning_rate=1e-3,
+        task=Denoising,
     ),
 }
 
@@ -128,7 +206,7 @@ def train(
 
     Parameters
     ----------
-    name : {"image", "kernel"}
+    name : {"image", "kernel", "kernel-denoiser"}
     folder : str or Path
         Holds ``state.pt`` (to resume), ``<name>.safetensors`` (the prior), ``loss.png`` and ``samples.png``.
     steps : int
@@ -157,9 +235,10 @@ def train(
     rank, where = accelerator.process_index, accelerator.device
 
     torch.manual_seed(seed)
-    net = UNet(**recipe.net).to(memory_format=torch.channels_last)
+    task = recipe.task or Diffusion
+    net = task.Net(**recipe.net).to(memory_format=torch.channels_last)
     mean = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=moving_average)
-    prior = DiffusionPrior(mean.module, name, prediction="v", size=None if recipe.any_size else recipe.size)
+    task = task(mean.module.eval().requires_grad_(False), name, recipe)
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     net.to(where), mean.to(where)
 
@@ -182,13 +261,13 @@ def train(
     def save(step: int) -> None:
         if not accelerator.is_main_process:
             return
-        history.append([step, seconds, sum(losses) / len(losses), *check(prior)])
+        history.append([step, seconds, sum(losses) / len(losses), *check(task)])
         losses.clear()
         state = dict(name=name, net=_plain(net.config), step=step, seconds=history[-1][1], history=history)
         state.update(weights=net.state_dict(), mean=mean.state_dict(), optimizer=optimizer.state_dict())
         save_whole(state, state_file)
-        prior.save(folder / f"{name}.safetensors", card(history))
-        report(prior, recipe, history, folder)
+        task.save(folder / f"{name}.safetensors", card(history, task.levels))
+        report(task, history, folder)
         shown = " ".join(f"{v:.2f}" for v in history[-1][3:])
         progress(f"step {step}/{steps} {history[-1][1] / 3600:.2f} h loss {history[-1][2]:.5f} dB {shown}")
 
@@ -201,13 +280,9 @@ def train(
                 warm, cool = min(1, (step + 1) / 500), min(1, 5 * (1 - step / steps))
                 group["lr"] = recipe.learning_rate * warm * cool
             x0 = stream.batch(step).to(where)
-            # Stratified times, denser at low noise, where the detail is. Seeded by the step, as the batch is.
-            g = torch.Generator().manual_seed(stream.seed_of(step) + 1)
-            u = (torch.arange(len(x0)) + torch.rand(len(x0), generator=g)) / len(x0)
-            t = (u**1.5 * len(prior.schedule)).long().to(where)
-            noise = torch.randn(x0.shape, generator=g).to(where)
+            # Noise is seeded by the step, as the batch is.
             with accelerator.autocast():
-                loss = v_loss(ready, prior, x0.contiguous(memory_format=torch.channels_last), t, noise).mean()
+                loss = task.loss(ready, x0, torch.Generator().manual_seed(stream.seed_of(step) + 1)).mean()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
@@ -250,9 +325,7 @@ def moving_average(mean: list[Tensor], new: list[Tensor], updates: Tensor | int)
 
 
 class Validation:
-    """Denoising quality on 64 examples that training never sees: PSNR in dB at three noise levels."""
-
-    times = (20, 100, 300)
+    """Denoising quality on 64 examples that training never sees: PSNR in dB at the levels of their task."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -262,11 +335,10 @@ class Validation:
         self.x0, self.noise = pool, torch.randn(pool.shape, generator=g).to(device)
 
     @torch.no_grad()
-    def __call__(self, prior: DiffusionPrior) -> list[float]:
+    def __call__(self, task: Diffusion | Denoising) -> list[float]:
         out = []
-        for t in self.times:
-            x_t = prior.schedule.diffuse(self.x0, torch.tensor([t], device=self.x0.device), self.noise)
-            error = (prior.denoise(x_t, t) - self.x0).square().mean((1, 2, 3))
+        for level in task.levels:
+            error = (task.denoise(self.x0, self.noise, level) - self.x0).square().mean((1, 2, 3))
             out.append(float((10 * torch.log10(4 / error)).mean()))
         return out
 
@@ -281,7 +353,7 @@ def draw_samples(prior: DiffusionPrior, n: int, size: int, *, steps: int = 40, s
     return x
 
 
-def report(prior: DiffusionPrior, recipe: Recipe, history: list[list[float]], folder: Path) -> None:
+def report(task: Diffusion | Denoising, history: list[list[float]], folder: Path) -> None:
     """Write ``loss.png`` and ``samples.png``."""
     from matplotlib.figure import Figure
 
@@ -290,24 +362,23 @@ def report(prior: DiffusionPrior, recipe: Recipe, history: list[list[float]], fo
     left, right = figure.subplots(1, 2)
     left.semilogy(hours, [row[2] for row in history])
     left.set(xlabel="hours", ylabel="training loss")
-    for i, t in enumerate(Validation.times):
-        right.plot(hours, [row[3 + i] for row in history], label=f"t = {t}")
+    for i, level in enumerate(task.levels):
+        right.plot(hours, [row[3 + i] for row in history], label=f"{level}")
     right.set(xlabel="hours", ylabel="denoising, dB")
     right.legend()
     figure.savefig(folder / "loss.png", dpi=120)
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    samples = (draw_samples(prior, 16, recipe.size).cpu() + 1) / 2
-    for axis, x in zip(figure.subplots(2, 8).flat, samples, strict=True):
+    for axis, x in zip(figure.subplots(2, 8).flat, task.pictures().cpu(), strict=True):
         axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
         axis.axis("off")
     figure.savefig(folder / "samples.png", dpi=120)
 
 
-def card(history: list[list[float]]) -> str:
+def card(history: list[list[float]], levels: tuple) -> str:
     """One line on how the weights were made, stored inside their file."""
     step, seconds, loss, *quality = history[-1]
-    shown = ", ".join(f"{v:.2f} dB at t = {t}" for v, t in zip(quality, Validation.times, strict=True))
+    shown = ", ".join(f"{v:.2f} dB at {level}" for v, level in zip(quality, levels, strict=True))
     return f"{step} steps, {seconds / 3600:.1f} h on {platform.machine()}, loss {loss:.5f}, denoising {shown}"
 
 

@@ -58,13 +58,13 @@ from blindlib import (
     blur_kernels,
     dead_leaves,
     display,
+    l0_pyramid,
     load_prior,
     mnc,
     motion_kernels,
     psnr,
     sample,
 )
-from blindlib.baselines import l0_pyramid
 from blindlib.deblur import read_image, resize
 from blindlib.metrics import recentred
 from blindlib.priors import kernel_to_latent
@@ -601,8 +601,8 @@ def pyramid(solve, y, k):
 
 
 found["descent, pyramid"] = pyramid(lambda y, k: descend(y, y, k, sizes["descent"] // 2), y, flat)
-found["few edges"] = l0_pyramid(y, window, strength=0.004, levels=0)
-found["few edges, pyramid"] = l0_pyramid(y, window, strength=0.004)
+found["few edges"] = l0_pyramid(y, window, noise_std, levels=0)
+found["few edges, pyramid"] = l0_pyramid(y, window, noise_std)
 
 # %% [markdown]
 # **Diffusion without its coarse scales.** Last, the fair control: the same priors, guidance and steps, but the run
@@ -746,13 +746,13 @@ _ = display.record(
 # right.
 # </details>
 #
-# **2. Is the pyramid needed?** Give `l0_pyramid` a larger `strength`, 0.008, at one scale and in the pyramid.
+# **2. Is the pyramid needed?** Give `l0_pyramid` a larger `strength`, 0.6, at one scale and in the pyramid.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
 # for levels in (0, None):
-#     x, k = l0_pyramid(y, window, strength=0.008, levels=levels)
+#     x, k = l0_pyramid(y, window, noise_std, strength=0.6, levels=levels)
 #     print(psnr(x, truth, max_shift=4), mnc(k, kernels))
 # ```
 #

@@ -16,16 +16,15 @@ import torch
 from skimage import data
 from torch import Tensor
 
-from blindlib import DPS, Blur, DiffPIR, dead_leaves, load_prior, mnc, motion_kernels, psnr, sample
-from blindlib.baselines import l0_pyramid
+from blindlib import DPS, Blur, DiffPIR, dead_leaves, l0_pyramid, load_prior, mnc, motion_kernels, psnr, sample
 from blindlib.deblur import find_kernels, read_image, resize, unexplained
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 NOISE_STD = 0.02
 
 
-def photographs(seed: int) -> Tensor:
-    """Eight cut-outs of the photographs that come with scikit-image, (8, 3, 64, 64)."""
+def photographs(seed: int, size: int = 64) -> Tensor:
+    """Eight cut-outs of the photographs that come with scikit-image, (8, 3, size, size)."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for name in PHOTOS:
@@ -34,7 +33,7 @@ def photographs(seed: int) -> Tensor:
         side = int(short * (0.4 + 0.5 * torch.rand((), generator=g)))
         top, left = (int((n - side) * torch.rand((), generator=g)) for n in x.shape[-2:])
         x = x[..., top : top + side, left : left + side]
-        out.append(resize(x, 64))
+        out.append(resize(x, size))
     return torch.cat(out)
 
 
@@ -78,7 +77,7 @@ def main() -> None:
         image, kernel = (run.posterior(name)[range(len(x)), rest.argmin(1)] for name in priors)
         yield "the one that explains y best", image, kernel
         yield "and then DiffPIR", restored(kernel, rest.amin(1)), kernel
-        kernel = torch.cat([l0_pyramid(one, 32)[1] for one in y[:, None]])
+        kernel = torch.cat([l0_pyramid(one, 32, NOISE_STD)[1] for one in y[:, None]])
         yield "no diffusion: l0_pyramid, then DiffPIR", restored(kernel, torch.full((len(y),), 2 * NOISE_STD)), kernel
         found = [find_kernels(one, priors, Blur(), NOISE_STD) for one in y[:, None]]
         kernel, rest = (torch.cat([pair[i][:1] for pair in found]) for i in (0, 1))

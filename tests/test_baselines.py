@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from blindlib import Blur, dead_leaves, mnc, motion_kernels
-from blindlib.baselines import cartoon, differences, faded, kernel_between, l0_pyramid
+from blindlib import Blur, dead_leaves, l0_pyramid, mnc, motion_kernels
+from blindlib.baselines import cartoon, differences, faded, kernel_between
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_pyramid_finds_kernels_up_to_their_shift(seed):
     x = resize(read_image(data.astronaut())[..., :256, 100:356], 128)
     k = motion_kernels(1, 32, seed=seed)
     y = Blur()(x, k) + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    image, kernel = l0_pyramid(y, 32)
+    image, kernel = l0_pyramid(y, 32, 0.01)
     assert image.shape == x.shape and kernel.shape == k.shape
     assert kernel.min() >= 0 and kernel.sum() == pytest.approx(1, abs=1e-5)
     delta = torch.zeros_like(k)
@@ -67,33 +67,36 @@ def test_what_is_not_periodic_is_faded(pair):
     torch.testing.assert_close(z[..., 12:-12, 12:-12], y[..., 12:-12, 12:-12])
     jump = (z[..., :, 0] - z[..., :, -1]).abs().mean()
     assert jump < 0.3 * (y[..., :, 0] - y[..., :, -1]).abs().mean()
-    found = l0_pyramid(y, 24, periodic=False)[1]
+    found = l0_pyramid(y, 24, 0.01, periodic=False)[1]
     assert mnc(found, k).mean() > 0.7
 
 
 def test_batch_items_are_independent(pair):
     y = pair[2]
     torch.testing.assert_close(
-        l0_pyramid(y, 24, rounds=2)[1][1:], l0_pyramid(y[1:], 24, rounds=2)[1], atol=1e-5, rtol=0
+        l0_pyramid(y, 24, 0.01, rounds=2)[1][1:], l0_pyramid(y[1:], 24, 0.01, rounds=2)[1], atol=1e-5, rtol=0
     )
 
 
 @pytest.mark.parametrize(
-    "y, size, message",
+    "change, message",
     [
-        (torch.zeros(3, 32, 32), 8, r"y: expected finite values of shape \(B, C, H, W\)"),
-        (torch.full((1, 3, 32, 32), math.nan), 8, "y: expected finite"),
-        (torch.zeros(1, 3, 32, 32), 40, "kernel_size: expected 1 to 32"),
-        (torch.zeros(1, 3, 32, 32), 0, "kernel_size"),
+        (dict(y=torch.zeros(3, 32, 32)), r"y: expected finite values of shape \(B, C, H, W\)"),
+        (dict(y=torch.full((1, 3, 32, 32), math.nan)), "y: expected finite"),
+        (dict(kernel_size=40), "kernel_size: expected 3 to 32"),
+        (dict(kernel_size=0), "kernel_size"),
+        (dict(noise_std=0.0), "noise_std: expected a positive number"),
+        (dict(strength=-1.0), "strength: expected a positive number"),
+        (dict(rounds=0), "rounds: expected a positive number"),
     ],
 )
-def test_bad_input(y, size, message):
+def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
-        l0_pyramid(y, size)
+        l0_pyramid(**{"y": torch.zeros(1, 3, 32, 32), "kernel_size": 9, "noise_std": 0.02, **change})
 
 
 @pytest.mark.parametrize("size", [5, 9, 17])
 def test_small_and_odd_windows(size):
-    y = dead_leaves(1, 48, seed=2)
-    k = l0_pyramid(y, size, rounds=2)[1]
+    y = dead_leaves(1, (40, 48), seed=2)
+    k = l0_pyramid(y, size, 0.02, rounds=2)[1]
     assert k.shape == (1, 1, size, size) and torch.isfinite(k).all()

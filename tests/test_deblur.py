@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blindlib import Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr
+from blindlib import Blur, dead_leaves, deblur, l0_pyramid, load_prior, mnc, motion_kernels, psnr
 from blindlib.__main__ import main
-from blindlib.baselines import l0_pyramid
 from blindlib.deblur import estimate_noise, find_kernels, read_image, restore, unexplained, write_image
 
 
@@ -164,7 +163,7 @@ def test_of_several_starts_those_that_explain_best_are_kept(blurred):
 def test_diffusion_makes_a_guess_better(blurred):
     _, k, y = blurred
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    guess = l0_pyramid(y, 32, periodic=False)[1]
+    guess = l0_pyramid(y, 32, 0.02, periodic=False)[1]
     found, _ = find_kernels(y, priors, Blur("valid"), 0.02, starts=1)
     assert mnc(found, k) > max(0.85, mnc(guess, k))
 

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
-from blindlib import load_prior, motion_kernels, train
+from blindlib import load_kernel_denoiser, load_prior, motion_kernels, train
+from blindlib.em import KernelDenoiser
 from blindlib.priors import DiffusionPrior, kernel_to_latent
-from blindlib.train import RECIPES, Recipe, Stream, Validation, v_loss
+from blindlib.train import RECIPES, Denoising, Diffusion, Recipe, Stream, Validation, kernels_of_some_window, v_loss
 from blindlib.unet import UNet
 
 # A recipe that trains in milliseconds; also imported by the processes that the tests start and kill.
@@ -33,11 +34,30 @@ def test_training_learns_to_denoise_and_writes_everything(tmp_path):
     assert path == tmp_path / "kernel.safetensors"
     assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "kernel.safetensors", "loss.png", "samples.png"}
     history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
-    untrained = DiffusionPrior(UNet(**TINY.net), "kernel", prediction="v", size=8)
+    untrained = Diffusion(UNet(**TINY.net), "kernel", TINY)
     before, after = Validation(TINY, torch.device("cpu"))(untrained)[-1], history[-1][-1]
     assert history[-1][0] == 150 and after > before + 1, f"denoising {before} dB, then {after} dB"
     assert load_prior(path).denoise(torch.zeros(1, 1, 8, 8), 10).shape == (1, 1, 8, 8)
     assert "150/150" in lines[-1]
+
+
+def test_the_same_loop_trains_the_denoiser_of_kernels(tmp_path, monkeypatch):
+    tiny = Recipe(lambda **where: motion_kernels(64, 16, **where), 8, dict(channels=8), 8, 0.02, task=Denoising)
+    monkeypatch.setitem(RECIPES, "kernel-denoiser", tiny)
+    path = train.train("kernel-denoiser", tmp_path, steps=150, device="cpu", progress=str)
+    history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
+    before = Validation(tiny, torch.device("cpu"))(Denoising(KernelDenoiser(channels=8), "kernel-denoiser", tiny))
+    assert history[-1][-1] > before[-1] + 1
+    assert load_kernel_denoiser(path)(torch.zeros(1, 1, 8, 8), 0.01).shape == (1, 1, 8, 8)
+    lines = []
+    train.train("kernel-denoiser", tmp_path, steps=151, device="cpu", progress=lines.append)
+    assert lines[0] == "resuming at step 150"
+
+
+def test_kernels_of_every_window_fill_a_crop():
+    blocks = [kernels_of_some_window(2, 32, seed=seed, device="cpu") for seed in range(12)]
+    assert len({b.shape[-1] for b in blocks}) > 1 and min(b.shape[-1] for b in blocks) == 32
+    assert all(torch.allclose(b.sum((1, 2, 3)), torch.ones(2)) for b in blocks)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):

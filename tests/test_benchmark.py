@@ -1,0 +1,49 @@
+import json
+
+import benchmark
+import pytest
+import torch
+
+from blindlib import Result, gaussian_kernels
+
+
+def test_scores_do_not_mind_a_shift(g):
+    x, k = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1, gaussian_kernels(1, 15, std=(1.0, 1.5), seed=0)
+    same = benchmark.scores(x.roll((2, -3), (2, 3)), k.roll((1, 1), (2, 3)), x, k)
+    assert same["psnr"] > 100 and same["ssim"] == pytest.approx(1) and same["mnc"] == pytest.approx(1, abs=1e-4)
+    assert same["mse"] < 1e-7
+    other = benchmark.scores(x + 0.2, gaussian_kernels(1, 15, std=(3.0, 3.5), seed=1), x, k)
+    assert other["psnr"] < same["psnr"] and other["ssim"] < 1 and other["mse"] > 1e-6
+
+
+def test_a_stopped_benchmark_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    done, limit = [], [3]
+
+    def cheap(y, k, noise_std, priors):
+        def run():
+            if len(done) == limit[0]:
+                raise KeyboardInterrupt
+            done.append(noise_std)
+            return Result({"image": y, "kernel": k}, 1, torch.zeros(1), 7, 0.0, {})
+
+        return {"as given": run}
+
+    monkeypatch.setattr(benchmark, "methods", cheap)
+    arguments = ["--images", "2", "--noise", "5", "--out", str(tmp_path / "b.json")]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(arguments)
+    limit[0] = None
+    benchmark.main(arguments)
+    assert done == [pytest.approx(10 / 255)] * 4  # three before, one after
+    (setting,) = json.loads((tmp_path / "b.json").read_text())["results"].values()
+    assert list(setting["as given"]) == ["scene 0", "scene 1", "photograph 0", "photograph 1"]
+    assert setting["as given"]["scene 1"]["evaluations"] == 7
+    benchmark.main([*arguments, "--show"])
+    assert len(done) == 4
+
+
+def test_the_table_has_means_and_standard_errors():
+    entry = dict(ssim=0.5, mnc=0.9, mse=1e-5, seconds=2.0, evaluations=100)
+    items = {"scene 0": entry | {"psnr": 20.0}, "scene 1": entry | {"psnr": 22.0}, "scene 2": {"diverged": "so"}}
+    shown = benchmark.markdown({"results": {"64x64": {"some": items}}})
+    assert "| some (2) | 21.00 ± 1.00 | 0.500 ± 0.000 | 0.900 ± 0.000 |" in shown
