@@ -51,9 +51,8 @@ figures: sync  ## execute the notebooks at "cpu", in place: their outputs, pictu
 train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel or kernel-denoiser)
 	$(BIN)/python -m blindlib.train $(PRIOR)
 
-bench: .venv/ready  ## cost of a sampler step against the bare networks; quality of the priors on a fresh set
+bench: .venv/ready  ## cost of a sampler step against the bare networks
 	$(BIN)/python tests/bench.py
-	$(BIN)/python tests/quality.py
 
 benchmark: .venv/ready  ## every way to an unknown kernel on the same measurements, into figures/benchmark.json; resumable
 	$(BIN)/python tests/benchmark.py
