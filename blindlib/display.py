@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -66,6 +67,20 @@ def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel
             if name == names[0]:
                 axis.set_title(f"t = {t}", fontsize=8)
     return figure
+
+
+def arrows(axis: Axes, tilt: Tensor, *, every: int | None = None) -> None:
+    """A tilt field (2, H, W) in pixels as arrows at every ``every``-th pixel, three times their length, over its size.
+
+    The shade is the tilt's length, from none to 3 pixels.
+    """
+    tilt = tilt.detach().cpu().float()
+    h, w = tilt.shape[-2:]
+    every = every or max(1, round(max(h, w) / 14))
+    rows, columns = torch.arange(every // 2, h, every), torch.arange(every // 2, w, every)
+    x, y = tilt[:, rows][:, :, columns]
+    axis.imshow(tilt.norm(dim=0), cmap="Blues", vmin=0, vmax=3, alpha=0.6, interpolation="nearest")
+    axis.quiver(columns, rows, x, y, angles="xy", scale_units="xy", scale=1 / 3, width=0.008, headwidth=4)
 
 
 def png(x: Tensor, width: int = 256) -> bytes:

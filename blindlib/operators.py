@@ -214,30 +214,99 @@ class Turbulence:
     ----------
     boundary : {"circular", "zero", "reflect", "valid"}
         As of :class:`Blur`, for the warp too; with ``"valid"`` it sees the edge pixels repeated.
+    frames : int, optional
+        M frames of the same scene, each with a tilt of its own: measurements are then (B, M, C, h, w) and tilts (B, M,
+        2, H, W), with one image and one kernel to all of them. Default: a single frame, without that dimension.
 
     Raises
     ------
     ValueError
-        If the boundary is not one of these.
+        If the boundary is not one of these, or frames no positive integer.
+
+    Examples
+    --------
+    >>> several = Turbulence(frames=8)
+    >>> several(torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 5, 5) / 25, torch.zeros(1, 8, 2, 64, 64)).shape
+    torch.Size([1, 8, 3, 64, 64])
     """
 
-    def __init__(self, boundary: str = "circular") -> None:
-        self.blur = Blur(boundary)
+    def __init__(self, boundary: str = "circular", *, frames: int | None = None) -> None:
+        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+            raise ValueError(f"frames: expected a positive integer or None, got {frames!r}")
+        self.blur, self.frames = Blur(boundary), frames
 
     def __repr__(self) -> str:
-        return f"Turbulence(boundary={self.blur.boundary!r})"
+        return f"Turbulence(boundary={self.blur.boundary!r}, frames={self.frames})"
 
     def __call__(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> Tensor:
-        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, 2, H, W) in pixels.
+        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, [M,] 2, H, W) in pixels.
 
         The result's shape and the errors are those of :class:`Blur`, and of :func:`warp`. Differentiable in all three.
         """
-        return self.blur(warp(image, tilt, self.blur.boundary), kernel)
+        image, kernel, tilt = self._spread(image, kernel, tilt)
+        return self._gather(self.blur(warp(image, tilt, self.blur.boundary), kernel))
 
     def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
         """The sizes of latents that follow from those of the measurement and of the other latents."""
         size = self.blur.sizes(measured, kernel)["image"]
         return {"image": size, "tilt": size}
+
+    def solve_tilt(
+        self, y: Tensor, tilt: Tensor, weight: Tensor | float, *, image: Tensor, kernel: Tensor, iterations: int = 8
+    ) -> Tensor:
+        """Towards the proximal map of the data term in the tilt, ``argmin_u |y - A(u)|^2 + weight |u - tilt|^2``.
+
+        One step of Gauss and Newton: the warped image is linearised at ``tilt``, with its slopes, as for optical flow
+        (Lucas & Kanade, IJCAI 1981), and the quadratic problem that is left is solved by conjugate gradients. Where the
+        image is flat nothing moves.
+
+        Parameters
+        ----------
+        y : Tensor (B, [M,] C, h, w)
+        tilt : Tensor (B, [M,] 2, H, W)
+        weight : float or Tensor (B, [M,] 1, 1, 1)
+            Positive, for tilts in pixels.
+        image, kernel : Tensor
+            As of :meth:`__call__`.
+        iterations : int
+            Of conjugate gradients.
+        """
+        rest = y - self(image, kernel, tilt)
+        image, kernel, flat = self._spread(image, kernel, tilt)
+        slopes = []
+        for along in ((0.5, 0.0), (0.0, 0.5)):
+            half = torch.tensor(along, dtype=flat.dtype, device=flat.device)[:, None, None]
+            slopes.append(warp(image, flat + half, self.blur.boundary) - warp(image, flat - half, self.blur.boundary))
+        slope = torch.stack(slopes, dim=1)  # (B M, 2, C, H, W)
+
+        def forward(u: Tensor) -> Tensor:
+            return self.blur((slope * u[:, :, None]).sum(1), kernel)
+
+        def transposed(r: Tensor) -> Tensor:
+            return (slope * self.blur.adjoint(r, kernel)[:, None]).sum(2)
+
+        if isinstance(weight, Tensor):
+            weight = weight.flatten(0, -4)
+        zero = torch.zeros_like(flat)
+        move = _conjugate_gradients(forward, transposed, rest.flatten(0, -4), zero, weight, iterations)
+        return tilt + move.view_as(tilt)
+
+    def _spread(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One image and one kernel for each frame, and the frames among the batch."""
+        if self.frames is None:
+            return image, kernel, tilt
+        if not isinstance(tilt, Tensor) or tilt.ndim != 5 or tilt.shape[1] != self.frames:
+            shape = tuple(tilt.shape) if isinstance(tilt, Tensor) else type(tilt).__name__
+            raise ValueError(f"tilt: expected shape (B or 1, {self.frames}, 2, H, W), one for each frame, got {shape}")
+        _check_pair(image, kernel)
+        if tilt.shape[0] not in (1, len(image)):
+            raise ValueError(f"tilt: expected one set, or one for each of {len(image)} images; got {len(tilt)}")
+        tilt = tilt.expand(len(image), -1, -1, -1, -1).flatten(0, 1)
+        kernel = kernel.repeat_interleave(self.frames, 0) if len(kernel) > 1 else kernel
+        return image.repeat_interleave(self.frames, 0), kernel, tilt
+
+    def _gather(self, y: Tensor) -> Tensor:
+        return y if self.frames is None else y.unflatten(0, (-1, self.frames))
 
 
 def warp(image: Tensor, tilt: Tensor, boundary: str = "circular") -> Tensor:
@@ -330,7 +399,18 @@ def _proximal(
     def transposed(r: Tensor) -> Tensor:
         return _transposed(forward, r, tuple(image.shape[-2:]))
 
-    x = image
+    return _conjugate_gradients(forward, transposed, y, image, weight, iterations)
+
+
+def _conjugate_gradients(
+    forward: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | float,
+    iterations: int,
+) -> Tensor:
+    """``argmin_z |y - A z|^2 + weight |z - x|^2`` for a linear map and its transpose, started at ``x``."""
     r = transposed(y - forward(x))
     p, rr = r, _dot(r, r)
     for _ in range(iterations):

@@ -67,16 +67,19 @@ class DPS:
     edges: Collection[str] = ("kernel",)
     lead: Mapping[str, float] = field(default_factory=lambda: {"kernel": LEAD})
     sparsity: Mapping[str, float] = field(default_factory=dict)
+    solved: Collection[str] = ("tilt",)
+    trust: float = 1.0
+    spread: float = 1.0
 
     @classmethod
     def paper(cls, **changes: object) -> DPS:
         """The paper's choice: a constant step size of 0.3 for every latent."""
-        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), "lead": {}, **changes})
+        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), "lead": {}, "solved": (), **changes})
 
     @classmethod
     def released(cls, **changes: object) -> DPS:
         """The released code's choice: sqrt(alpha_bar_t) for every latent."""
-        return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
+        return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, "solved": (), **changes})
 
     def respaced(self, steps: int, side: float = 64) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
@@ -107,33 +110,56 @@ class DPS:
 
         Returns the new latents, the posterior means x0_hat (as diffusion variables), and the residual's norm (B,).
         """
-        x = {name: value.detach().requires_grad_(True) for name, value in x.items()}
+        times = {name: (self.time(name, t, priors[name]), self.time(name, t_prev, priors[name])) for name in x}
+        led = [name for name in x if name not in self.solved]
+        x = {name: value.detach().requires_grad_(name in led) for name, value in x.items()}
         with torch.enable_grad():
-            times = {name: (self.time(name, t, priors[name]), self.time(name, t_prev, priors[name])) for name in x}
             estimates = {name: priors[name].estimate(x[name], times[name][0]) for name in x}
             x0 = {name: mean for name, (mean, _) in estimates.items()}
             physical = {name: priors[name].physical(mean) for name, mean in x0.items()}
+            for name in set(x) - set(led):
+                x0[name] = self.pulled(name, x0[name], physical, times[name][0], y, operator, priors[name])
+                physical[name] = priors[name].physical(x0[name])
 
             def residual(moved: list[str]) -> Tensor:
                 return y - operator(**{name: v if name in moved else v.detach() for name, v in physical.items()})
 
-            r = residual([name for name in x if name not in self.edges])
-            norm = r.flatten(1).norm(dim=1)
-            objective = norm.sum()
-            if moved := [name for name in x if name in self.edges]:
-                objective = objective + _differences(residual(moved)).norm(dim=1).sum()
+            r = residual([name for name in led if name not in self.edges])
+            objective = _norms(r).sum()
+            if moved := [name for name in led if name in self.edges]:
+                objective = objective + _norms(_differences(residual(moved))).sum()
             for name, weight in self.sparsity.items():
                 objective = objective + weight * ((x0[name] + 1) / 2).abs().sum()
-            gradient = dict(zip(x, torch.autograd.grad(objective, list(x.values())), strict=True))
+            gradient = torch.autograd.grad(objective, [x[name] for name in led]) if led else ()
 
         new = {}
         with torch.no_grad():
-            for name, (mean, extra) in estimates.items():
+            for name, mean in x0.items():
                 now, then = times[name]
+                extra = estimates[name][1]
                 # Times are whole numbers: two of the run's can be one of a latent that leads.
                 new[name] = priors[name].step(x[name], mean, now, then, noise[name], extra) if then < now else x[name]
-                new[name] = new[name] - self.scale(name, t, priors[name]) * gradient[name]
-        return new, {name: mean.detach() for name, mean in x0.items()}, norm.detach()
+            for name, g in zip(led, gradient, strict=True):
+                # What all frames share follows their mean, what is a frame's own that frame alone.
+                share = x[name].shape[1:-3].numel() / y.shape[1:-3].numel()
+                new[name] = new[name] - share * self.scale(name, t, priors[name]) * g
+        return new, {name: mean.detach() for name, mean in x0.items()}, r.detach().flatten(1).norm(dim=1)
+
+    @torch.no_grad()
+    def pulled(
+        self, name: str, x0: Tensor, physical: Latents, t: int, y: Tensor, operator: Callable, prior: Prior
+    ) -> Tensor:
+        """The posterior mean ``x0`` of latent ``name``, pulled to the measurement by the operator's ``solve_<name>``."""
+        a = prior.schedule.alpha_bar(t)
+        # As in PiGDM: x_0 is normal around its mean, with this variance. What is left of y is not only noise: while the
+        # image is coarse, most of it is the image's fault, and the latent must not take it on.
+        variance = prior.scale**2 / (self.spread**-2 * prior.scale**2 + a / (1 - a))
+        rest = (y - operator(**physical)).square().mean((-3, -2, -1), keepdim=True)
+        others = {other: value for other, value in physical.items() if other != name}
+        known = operator.keywords if isinstance(operator, functools.partial) else {}
+        solve = getattr(_whole(operator), f"solve_{name}")
+        moved = solve(y, physical[name], self.trust * rest / variance, **others, **known)
+        return (x0 + (moved - physical[name]) / prior.scale).clamp(-1, 1)
 
     def time(self, name: str, t: int, prior: Prior) -> int:
         """Time of latent ``name`` in its own diffusion when the run is at ``t``."""
@@ -148,8 +174,13 @@ class DPS:
 
 
 def _differences(r: Tensor) -> Tensor:
-    """Finite differences of ``r`` (B, C, H, W) along both axes, (B, N)."""
-    return torch.cat([r.diff(dim=3).flatten(1), r.diff(dim=2).flatten(1)], dim=1)
+    """Finite differences of ``r`` (B, ..., C, H, W) along both axes, (B, ..., N, 1, 1)."""
+    return torch.cat([r.diff(dim=-1).flatten(-3), r.diff(dim=-2).flatten(-3)], dim=-1)[..., None, None]
+
+
+def _norms(r: Tensor) -> Tensor:
+    """One norm for each frame: (B, ...) of ``r`` (B, ..., C, H, W)."""
+    return r.flatten(-3).norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -245,11 +276,16 @@ class PiGDM:
 
 def solve(operator: Callable, y: Tensor, image: Tensor, weight: float) -> Tensor:
     """The proximal map of ``operator``, or of ``partial(operator, kernel=...)``, at ``image``."""
-    whole = operator.func if isinstance(operator, functools.partial) else operator
+    whole = _whole(operator)
     if not hasattr(whole, "solve"):
         raise TypeError(f"operator: this guidance needs an operator with a solve method, {whole!r} has none")
     known = operator.keywords if isinstance(operator, functools.partial) else {}
     return whole.solve(y, image=image, weight=weight, **known)
+
+
+def _whole(operator: Callable) -> Callable:
+    """The operator itself, where some of its arguments are fixed."""
+    return operator.func if isinstance(operator, functools.partial) else operator
 
 
 @dataclass
@@ -366,7 +402,7 @@ def sample(
         with torch.no_grad():
             x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
         # Estimates are clipped, so that the residual stays small however far the latents run away: look at both.
-        size = float(torch.stack([value.square().mean((1, 2, 3)).max() for value in x.values()]).max().sqrt())
+        size = float(torch.stack([value.flatten(1).square().mean(1).max() for value in x.values()]).max().sqrt())
         if not size < LARGEST or not bool(torch.isfinite(norm).all()):
             raise ArithmeticError(
                 f"sample: diverged at step {i + 1} of {steps} (t = {t}): latents of root mean square {size:.3g} where "
@@ -418,13 +454,13 @@ class _Noise:
 
 def _check(
     y: Tensor, operator: Callable, priors: Mapping[str, Prior], samples: int
-) -> tuple[dict[str, tuple[int, int, int]], object]:
+) -> tuple[dict[str, tuple[int, ...]], object]:
     """Check what came; returns each latent's shape and the common schedule."""
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected a floating-point tensor, got {kind}")
-    if y.ndim != 4 or 0 in y.shape:
-        raise ValueError(f"y: expected shape (B, C, h, w), got {tuple(y.shape)}")
+    if y.ndim not in (4, 5) or 0 in y.shape:
+        raise ValueError(f"y: expected shape (B, C, h, w), or (B, M, C, h, w) of frames, got {tuple(y.shape)}")
     if not bool(torch.isfinite(y).all()):
         raise ValueError(f"y: has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite")
     if float(y.abs().max()) > 3:
@@ -461,12 +497,12 @@ def _check(
     return _shapes(y, operator, priors), schedules[0]
 
 
-def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, int, int]]:
+def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
     """Shape (C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
-    whole = operator.func if isinstance(operator, functools.partial) else operator
+    whole = _whole(operator)
     known = operator.keywords if isinstance(operator, functools.partial) else {}
     sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
-    sizes |= {name: tuple(p.shape[1:]) for name, p in priors.items() if p.shape[1] is not None}
+    sizes |= {name: tuple(p.shape[-2:]) for name, p in priors.items() if p.shape[-1] is not None}
     derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
     shapes = {}
     for name, prior in priors.items():
@@ -477,9 +513,9 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
                 f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior "
                 f"works at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
             )
-        if name == "image" and name not in known and prior.shape[0] != y.shape[1]:
-            raise ValueError(f"y: has {y.shape[1]} channels, the image prior {prior.shape[0]}; repeat or average y's")
-        shapes[name] = (prior.shape[0], height, width)
+        if name == "image" and name not in known and prior.shape[-3] != y.shape[-3]:
+            raise ValueError(f"y: has {y.shape[-3]} channels, the image prior {prior.shape[0]}; repeat or average y's")
+        shapes[name] = (*prior.shape[:-2], height, width)
     return shapes
 
 

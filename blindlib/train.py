@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blindlib import simulate
-from blindlib.priors import DiffusionPrior, kernel_to_latent
+from blindlib import display, simulate
+from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
 from blindlib.unet import UNet
 
 
@@ -37,8 +37,16 @@ class Recipe:
     batch: int
     learning_rate: float = 5e-4
     any_size: bool = True
-    """Whether the prior works at any size; if not, examples are not turned either (a kernel has a centre pixel)."""
+    """Whether the prior works at any size."""
+    turned: bool = True
+    """Whether an example turned or mirrored is one too: not a kernel (which has a centre pixel), a tilt or a letter."""
+    scale: float = 1.0
+    """Of a tilt: pixels, as of :class:`DiffusionPrior`."""
+    start: str | None = None
+    """The shipped prior, of the same net, whose weights training begins with; default: random ones."""
 
+
+LARGEST_TILT = 5.0  # pixels; see simulate.mixed_tilts
 
 RECIPES = {
     "image": Recipe(
@@ -53,6 +61,24 @@ RECIPES = {
         net=dict(in_channels=1, base_channels=32, multipliers=(1, 2, 3), attention=(4,), head_channels=32, groups=8),
         batch=64,
         any_size=False,
+        turned=False,
+    ),
+    "text": Recipe(
+        data=lambda **where: simulate.text_images(32, 96, **where),
+        size=64,
+        net=dict(in_channels=3, base_channels=32, multipliers=(1, 1, 2, 4), groups=8),
+        batch=16,
+        turned=False,
+        start="image",
+    ),
+    "tilt": Recipe(
+        data=lambda **where: simulate.mixed_tilts(32, 64, **where) / LARGEST_TILT,
+        size=48,
+        net=dict(in_channels=2, base_channels=16, multipliers=(1, 2, 2, 4), groups=8),
+        batch=16,
+        learning_rate=1e-3,
+        turned=False,
+        scale=LARGEST_TILT,
     ),
 }
 
@@ -86,7 +112,7 @@ class Stream:
             x = _pick(_pick(blocks, g), g)
             top, left = _pick(range(x.shape[1] - size + 1), g), _pick(range(x.shape[2] - size + 1), g)
             x = x[:, top : top + size, left : left + size]
-            if self.recipe.any_size:
+            if self.recipe.turned:
                 x = x.rot90(_pick(range(4), g), (1, 2))
                 x = x.flip(2) if _pick(range(2), g) else x
             examples.append(x)
@@ -159,7 +185,12 @@ def train(
     torch.manual_seed(seed)
     net = UNet(**recipe.net).to(memory_format=torch.channels_last)
     mean = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=moving_average)
-    prior = DiffusionPrior(mean.module, name, prediction="v", size=None if recipe.any_size else recipe.size)
+    if recipe.start is not None:
+        net.load_state_dict(load_prior(recipe.start).net.state_dict())
+        mean.module.load_state_dict(net.state_dict())
+    latent = next(latent for latent, channels in CHANNELS.items() if channels == net.in_channels)
+    size = None if recipe.any_size else recipe.size
+    prior = DiffusionPrior(mean.module, latent, prediction="v", size=size, scale=recipe.scale)
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     net.to(where), mean.to(where)
 
@@ -299,7 +330,10 @@ def report(prior: DiffusionPrior, recipe: Recipe, history: list[list[float]], fo
     figure = Figure(figsize=(8, 4), layout="constrained")
     samples = (draw_samples(prior, 16, recipe.size).cpu() + 1) / 2
     for axis, x in zip(figure.subplots(2, 8).flat, samples, strict=True):
-        axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
+        if len(x) == 2:
+            display.arrows(axis, 2 * recipe.scale * (x - 0.5))
+        else:
+            axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
         axis.axis("off")
     figure.savefig(folder / "samples.png", dpi=120)
 
