@@ -8,6 +8,7 @@ from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
     DiffusionPrior,
     EmpiricalPrior,
+    Frames,
     GaussianMixturePrior,
     GaussianPrior,
     UniformPrior,
@@ -22,7 +23,9 @@ from blindlib.simulate import (
     gaussian_kernels,
     kolmogorov_tilts,
     linear_kernels,
+    mixed_tilts,
     motion_kernels,
+    text_images,
     tilt_fields,
 )
 from blindlib.unet import UNet
@@ -37,6 +40,7 @@ __all__ = [
     "DiffusionPrior",
     "Downsample",
     "EmpiricalPrior",
+    "Frames",
     "GaussianMixturePrior",
     "GaussianPrior",
     "Learned",
@@ -62,6 +66,7 @@ __all__ = [
     "linear_kernels",
     "load_operator",
     "load_prior",
+    "mixed_tilts",
     "mnc",
     "motion_kernels",
     "prior_denoiser",
@@ -69,6 +74,7 @@ __all__ = [
     "retrieved_kernel",
     "sample",
     "spectrum_kernel",
+    "text_images",
     "tilt_fields",
 ]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ A blur is true convolution with the kernel's centre at pixel ``K // 2``, written
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -251,23 +252,47 @@ class Turbulence:
         size = self.blur.sizes(measured, kernel)["image"]
         return {"image": size, "tilt": size}
 
-    def solve_tilt(
-        self, y: Tensor, tilt: Tensor, weight: Tensor | float, *, image: Tensor, kernel: Tensor, iterations: int = 8
+    def solve(
+        self,
+        y: Tensor,
+        kernel: Tensor,
+        tilt: Tensor,
+        image: Tensor,
+        weight: Tensor | float,
+        *,
+        iterations: int = 12,
     ) -> Tensor:
-        """Towards the proximal map of the data term in the tilt, ``argmin_u |y - A(u)|^2 + weight |u - tilt|^2``.
+        """The proximal map of the data term in the image, with all frames, by conjugate gradients; as of :class:`Blur`."""
+        return _proximal(lambda x: self(x, kernel, tilt), y, image, weight, iterations)
+
+    def solve_tilt(
+        self,
+        y: Tensor,
+        image: Tensor,
+        kernel: Tensor,
+        tilt: Tensor,
+        weight: Tensor | float,
+        *,
+        smoothness: float = 2.0,
+        iterations: int = 8,
+    ) -> Tensor:
+        """A step of the tilt towards the measurement: ``argmin_u |y - A(u)|^2 + weight |u - tilt|^2_C``.
 
         One step of Gauss and Newton: the warped image is linearised at ``tilt``, with its slopes, as for optical flow
-        (Lucas & Kanade, IJCAI 1981), and the quadratic problem that is left is solved by conjugate gradients. Where the
-        image is flat nothing moves.
+        (Lucas & Kanade, IJCAI 1981), and the quadratic problem that is left is solved by conjugate gradients. An edge
+        tells only the tilt across it, and a flat place nothing: neighbours have to help, so the change is taken to be a
+        smooth field. ``|.|_C`` is the Mahalanobis norm of one, white noise under a Gaussian filter, with unit variance
+        at each pixel.
 
         Parameters
         ----------
         y : Tensor (B, [M,] C, h, w)
-        tilt : Tensor (B, [M,] 2, H, W)
+        image, kernel, tilt : Tensor
+            As of :meth:`__call__`.
         weight : float or Tensor (B, [M,] 1, 1, 1)
             Positive, for tilts in pixels.
-        image, kernel : Tensor
-            As of :meth:`__call__`.
+        smoothness : float
+            Standard deviation of that filter, in pixels.
         iterations : int
             Of conjugate gradients.
         """
@@ -279,17 +304,26 @@ class Turbulence:
             slopes.append(warp(image, flat + half, self.blur.boundary) - warp(image, flat - half, self.blur.boundary))
         slope = torch.stack(slopes, dim=1)  # (B M, 2, C, H, W)
 
-        def forward(u: Tensor) -> Tensor:
-            return self.blur((slope * u[:, :, None]).sum(1), kernel)
+        size = tuple(flat.shape[-2:])
+        fy, fx = (torch.fft.fftfreq(side, dtype=flat.dtype, device=flat.device) for side in size)
+        f2 = fy[:, None] ** 2 + fx**2
+        root = torch.exp(-2 * (math.pi * smoothness) ** 2 * f2)
+        root = (root / root.square().mean().sqrt())[:, : size[1] // 2 + 1]
+
+        def smooth(u: Tensor) -> Tensor:
+            return torch.fft.irfft2(root * torch.fft.rfft2(u), s=size)
+
+        def forward(white: Tensor) -> Tensor:
+            return self.blur((slope * smooth(white)[:, :, None]).sum(1), kernel)
 
         def transposed(r: Tensor) -> Tensor:
-            return (slope * self.blur.adjoint(r, kernel)[:, None]).sum(2)
+            return smooth((slope * self.blur.adjoint(r, kernel)[:, None]).sum(2))
 
         if isinstance(weight, Tensor):
             weight = weight.flatten(0, -4)
         zero = torch.zeros_like(flat)
         move = _conjugate_gradients(forward, transposed, rest.flatten(0, -4), zero, weight, iterations)
-        return tilt + move.view_as(tilt)
+        return tilt + smooth(move).view_as(tilt)
 
     def _spread(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One image and one kernel for each frame, and the frames among the batch."""
@@ -381,13 +415,13 @@ def _fast_length(n: int) -> int:
 
 def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: Tensor) -> Tensor:
     size = operator.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-    return _transposed(lambda x: operator(x, kernel.detach()), y, size)
+    return _transposed(lambda x: operator(x, kernel.detach()), y, y.new_empty(*y.shape[:2], *size))
 
 
-def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, size: tuple[int, int]) -> Tensor:
-    """A^T y of the linear map ``forward`` from images of ``size``: the transpose of its (constant) Jacobian."""
+def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, like: Tensor) -> Tensor:
+    """A^T y of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian."""
     with torch.enable_grad():
-        image = torch.zeros(*y.shape[:2], *size, dtype=y.dtype, device=y.device, requires_grad=True)
+        image = torch.zeros_like(like).requires_grad_(True)
         return torch.autograd.grad(forward(image), image, y)[0]
 
 
@@ -397,7 +431,7 @@ def _proximal(
     """``argmin_x |y - A x|^2 + weight |x - image|^2`` by conjugate gradients, started at ``image``."""
 
     def transposed(r: Tensor) -> Tensor:
-        return _transposed(forward, r, tuple(image.shape[-2:]))
+        return _transposed(forward, r, image)
 
     return _conjugate_gradients(forward, transposed, y, image, weight, iterations)
 

@@ -59,6 +59,16 @@ class DPS:
     sparsity : mapping of latent name to float
         Weight lambda of the l1 norm of a latent, scaled to [0, 1]: for a kernel that is the kernel with peak 1,
         *before* it is divided by its sum (afterwards its l1 norm is 1, whatever the kernel, and has no gradient).
+    solved : collection of str
+        Latents that take no step along a gradient: their posterior mean is pulled to the measurement by the operator's
+        ``solve`` (the image) or ``solve_<name>``, and no derivative of their network is needed. For where one step
+        size cannot fit, such as a tilt: strong gradients at edges, none where the image is flat.
+    caution : mapping of latent name to float
+        Weight of the prior's mean against the measurement in that pull, 1 if not given. More is for an operator that
+        is still wrong.
+    release : mapping of latent name to float
+        Noise level of the latent above which it is not pulled, and keeps to its prior: a tilt can be seen once
+        the image has edges, and before that it would only fit the image's faults.
     """
 
     step_size: float | Mapping[str, float] = field(default_factory=lambda: dict(STEP_SIZE))
@@ -67,19 +77,24 @@ class DPS:
     edges: Collection[str] = ("kernel",)
     lead: Mapping[str, float] = field(default_factory=lambda: {"kernel": LEAD})
     sparsity: Mapping[str, float] = field(default_factory=dict)
-    solved: Collection[str] = ("tilt",)
-    trust: float = 1.0
-    spread: float = 1.0
+    solved: Collection[str] = ()
+    caution: Mapping[str, float] = field(default_factory=dict)
+    release: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def paper(cls, **changes: object) -> DPS:
         """The paper's choice: a constant step size of 0.3 for every latent."""
-        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), "lead": {}, "solved": (), **changes})
+        return cls(**{"step_size": 0.3, "growing": False, "settling": (), "edges": (), "lead": {}, **changes})
 
     @classmethod
     def released(cls, **changes: object) -> DPS:
         """The released code's choice: sqrt(alpha_bar_t) for every latent."""
-        return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, "solved": (), **changes})
+        return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
+
+    @classmethod
+    def turbulence(cls, **changes: object) -> DPS:
+        """For :class:`blindlib.Turbulence`: image and tilt are solved for, the kernel follows its gradient."""
+        return cls(**{"solved": ("image", "tilt"), "caution": {"image": 5.0}, "release": {"tilt": 0.15}, **changes})
 
     def respaced(self, steps: int, side: float = 64) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
@@ -117,9 +132,6 @@ class DPS:
             estimates = {name: priors[name].estimate(x[name], times[name][0]) for name in x}
             x0 = {name: mean for name, (mean, _) in estimates.items()}
             physical = {name: priors[name].physical(mean) for name, mean in x0.items()}
-            for name in set(x) - set(led):
-                x0[name] = self.pulled(name, x0[name], physical, times[name][0], y, operator, priors[name])
-                physical[name] = priors[name].physical(x0[name])
 
             def residual(moved: list[str]) -> Tensor:
                 return y - operator(**{name: v if name in moved else v.detach() for name, v in physical.items()})
@@ -131,6 +143,11 @@ class DPS:
             for name, weight in self.sparsity.items():
                 objective = objective + weight * ((x0[name] + 1) / 2).abs().sum()
             gradient = torch.autograd.grad(objective, [x[name] for name in led]) if led else ()
+
+            physical = {name: value.detach() for name, value in physical.items()}
+            for name in reversed([name for name in x if name in self.solved]):
+                x0[name] = self.pulled(name, x0[name].detach(), physical, times[name][0], y, operator, priors[name])
+                physical[name] = priors[name].physical(x0[name])
 
         new = {}
         with torch.no_grad():
@@ -153,12 +170,20 @@ class DPS:
         a = prior.schedule.alpha_bar(t)
         # As in PiGDM: x_0 is normal around its mean, with this variance. What is left of y is not only noise: while the
         # image is coarse, most of it is the image's fault, and the latent must not take it on.
-        variance = prior.scale**2 / (self.spread**-2 * prior.scale**2 + a / (1 - a))
+        if prior.schedule.sigma(t) > self.release.get(name, math.inf):
+            return x0
+        whole, method = _whole(operator), "solve" if name == "image" else f"solve_{name}"
+        if not hasattr(whole, method):
+            raise TypeError(f"operator: to pull the {name} it needs a method {method}, which {whole!r} has not")
+        # As in PiGDM: x_0 is normal around its mean, with this variance (of at most one physical unit). What is left of
+        # y is not noise alone: early on most of it is the other latents' fault, and this one must not take it on.
+        variance = 1 / (1 + a / (1 - a) / prior.scale**2)
         rest = (y - operator(**physical)).square().mean((-3, -2, -1), keepdim=True)
-        others = {other: value for other, value in physical.items() if other != name}
+        if name == "image":
+            rest = rest.flatten(1).mean(1)[:, None, None, None]
         known = operator.keywords if isinstance(operator, functools.partial) else {}
-        solve = getattr(_whole(operator), f"solve_{name}")
-        moved = solve(y, physical[name], self.trust * rest / variance, **others, **known)
+        latents = {**known, **physical}
+        moved = getattr(whole, method)(y=y, weight=self.caution.get(name, 1.0) * rest / variance, **latents)
         return (x0 + (moved - physical[name]) / prior.scale).clamp(-1, 1)
 
     def time(self, name: str, t: int, prior: Prior) -> int:

@@ -125,6 +125,17 @@ def test_the_loss_is_zero_for_a_perfect_net(g):
     torch.testing.assert_close(loss, torch.zeros(3), atol=1e-6, rtol=0)
 
 
+def test_a_recipe_can_start_from_a_shipped_prior(tmp_path, monkeypatch):
+    """After one step, whose learning rate is next to nothing, the weights are those of the start."""
+    start = load_prior("kernel")
+    net = {**start.net.config}
+    monkeypatch.setitem(RECIPES, "kernel", Recipe(lambda **_: torch.zeros(4, 1, 32, 32), 32, net, 2, start="kernel"))
+    path = train.train("kernel", tmp_path, steps=1, device="cpu", progress=str)
+    weights, expected = load_prior(path).net.state_dict(), start.net.state_dict()
+    for key in weights:
+        torch.testing.assert_close(weights[key], expected[key], atol=5e-3, rtol=0)
+
+
 def test_several_processes_train_together(tmp_path):
     """What `accelerate launch` does on several GPUs, here with two processes on the CPU."""
     script = tmp_path / "two.py"
