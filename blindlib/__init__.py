@@ -3,7 +3,7 @@
 from blindlib.deblur import Deblurred, deblur
 from blindlib.em import L1, L2, PlugAndPlay, diffusion_em, fast_em, fit_kernel, prior_denoiser
 from blindlib.matching import Learned, fit_flow, learn_operator, load_operator, retrieved_kernel, spectrum_kernel
-from blindlib.metrics import mnc, psnr
+from blindlib.metrics import mnc, psnr, tilt_error
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
     DiffusionPrior,
@@ -75,6 +75,7 @@ __all__ = [
     "sample",
     "spectrum_kernel",
     "text_images",
+    "tilt_error",
     "tilt_fields",
 ]
 __version__ = "0.1.0"

@@ -53,7 +53,7 @@ def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | No
 
 
 def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Figure:
-    """The frames of a run side by side, one row for each latent; titles give the time t."""
+    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows."""
     import matplotlib.pyplot as plt
 
     times = history["t"].tolist()
@@ -62,7 +62,11 @@ def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel
     )
     for row, name in zip(axes, names, strict=True):
         for axis, t, x in zip(row, times, history[name][:, item], strict=True):
-            axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            x = x[0] if x.ndim == 4 else x  # of several tilts, the first
+            if len(x) == 2:
+                arrows(axis, x)
+            else:
+                axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.axis("off")
             if name == names[0]:
                 axis.set_title(f"t = {t}", fontsize=8)

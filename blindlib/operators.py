@@ -240,7 +240,7 @@ class Turbulence:
         return f"Turbulence(boundary={self.blur.boundary!r}, frames={self.frames})"
 
     def __call__(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> Tensor:
-        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, [M,] 2, H, W) in pixels.
+        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, [M,] 2, H, W), pixels.
 
         The result's shape and the errors are those of :class:`Blur`, and of :func:`warp`. Differentiable in all three.
         """
@@ -262,7 +262,7 @@ class Turbulence:
         *,
         iterations: int = 12,
     ) -> Tensor:
-        """The proximal map of the data term in the image, with all frames, by conjugate gradients; as of :class:`Blur`."""
+        """The proximal map of the data term in the image, by conjugate gradients; see :meth:`Blur.solve`."""
         return _proximal(lambda x: self(x, kernel, tilt), y, image, weight, iterations)
 
     def solve_tilt(

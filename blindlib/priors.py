@@ -436,17 +436,20 @@ class Frames:
     prior : Prior
         Of each.
     frames : int
+    centred : bool
+        Take their mean to be zero: where the scene is unknown, a tilt that all frames have in common cannot be told
+        from a scene that is bent, and so the scene is taken to be as the frames show it on average.
 
     Raises
     ------
     ValueError
-        If ``frames`` is not positive.
+        If ``frames`` is not positive, or is one and to be centred.
     """
 
-    def __init__(self, prior: Prior, frames: int) -> None:
-        if frames < 1:
-            raise ValueError(f"frames: expected a positive number, got {frames}")
-        self.prior, self.shape = prior, (frames, *prior.shape)
+    def __init__(self, prior: Prior, frames: int, *, centred: bool = False) -> None:
+        if frames < (2 if centred else 1):
+            raise ValueError(f"frames: expected a positive number, and two to be centred, got {frames}")
+        self.prior, self.shape, self.centred = prior, (frames, *prior.shape), centred
         self.stride, self.schedule, self.scale = prior.stride, prior.schedule, prior.scale
 
     @property
@@ -468,7 +471,8 @@ class Frames:
         return self._each(self.prior.step(x_t, x0, t, t_prev, noise, extra))
 
     def physical(self, x0: Tensor) -> Tensor:
-        return self._each(self.prior.physical(x0.flatten(0, 1)))
+        physical = self._each(self.prior.physical(x0.flatten(0, 1)))
+        return physical - physical.mean(1, keepdim=True) if self.centred else physical
 
     def _each(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, self.shape[0]))

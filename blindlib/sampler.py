@@ -94,7 +94,7 @@ class DPS:
     @classmethod
     def turbulence(cls, **changes: object) -> DPS:
         """For :class:`blindlib.Turbulence`: image and tilt are solved for, the kernel follows its gradient."""
-        return cls(**{"solved": ("image", "tilt"), "caution": {"image": 5.0}, "release": {"tilt": 0.15}, **changes})
+        return cls(**{"solved": ("image", "tilt"), "caution": {"image": 2.0}, "release": {"tilt": 0.3}, **changes})
 
     def respaced(self, steps: int, side: float = 64) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
@@ -166,7 +166,7 @@ class DPS:
     def pulled(
         self, name: str, x0: Tensor, physical: Latents, t: int, y: Tensor, operator: Callable, prior: Prior
     ) -> Tensor:
-        """The posterior mean ``x0`` of latent ``name``, pulled to the measurement by the operator's ``solve_<name>``."""
+        """The posterior mean ``x0`` of latent ``name``, pulled to the measurement by the operator's own solve."""
         a = prior.schedule.alpha_bar(t)
         # As in PiGDM: x_0 is normal around its mean, with this variance. What is left of y is not only noise: while the
         # image is coarse, most of it is the image's fault, and the latent must not take it on.
