@@ -1,4 +1,4 @@
-"""Training of the priors that ship: ``python -m blindlib.train image`` or ``kernel``.
+"""Training of the priors that ship: ``python -m blindlib.train image``, ``kernel``, ``text`` or ``tilt``.
 
 One loop for every prior and every machine: a CPU, a GPU, or several under ``accelerate launch -m blindlib.train
 image``. The data are procedural (:mod:`blindlib.simulate`) and made while training runs. A run lives in one folder;
@@ -154,7 +154,7 @@ def train(
 
     Parameters
     ----------
-    name : {"image", "kernel"}
+    name : {"image", "kernel", "text", "tilt"}
     folder : str or Path
         Holds ``state.pt`` (to resume), ``<name>.safetensors`` (the prior), ``loss.png`` and ``samples.png``.
     steps : int
