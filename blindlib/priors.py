@@ -485,9 +485,9 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     ----------
     name_or_path : str or Path
         ``"image"``, ``"text"`` (an image prior of print and drawings), ``"kernel"`` or ``"tilt"``, which ship with the
-        package; or a file: one that :meth:`DiffusionPrior.save` or training wrote, or a published checkpoint of BlindDPS / DPS (``ffhq_10m.pt``, ``kernel.pt``, ``tilt.pt``; the
-        kind is told from its keys and shapes). Nothing in a file is executed: safetensors, or
-        ``torch.load(weights_only=True)``.
+        package; or a file: one that :meth:`DiffusionPrior.save` or training wrote, or a published checkpoint of
+        BlindDPS / DPS (``ffhq_10m.pt``, ``kernel.pt``, ``tilt.pt``; the kind is told from its keys and shapes).
+        Nothing in a file is executed: safetensors, or ``torch.load(weights_only=True)``.
     device : str or torch.device
 
     Raises

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blindlib import DPS, Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr, sample
+from blindlib import DPS, Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr, sample, text_images
 from blindlib.__main__ import main
 from blindlib.deblur import _cleaned, estimate_noise, read_image, restore, unexplained, write_image
 from blindlib.metrics import recentred
@@ -98,6 +98,20 @@ def test_noise_is_estimated(std, blurred):
     y = Blur()(dead_leaves(1, 128, seed=5), k)
     y = y + std * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     assert estimate_noise(y) == pytest.approx(std, rel=0.2)
+
+
+def test_the_prior_of_print_is_chosen_by_name_and_knows_print(blurred):
+    """With the kernel known, each prior is the better one for what it learned from."""
+    k = motion_kernels(1, 32, extent=(0.3, 0.3), seed=3)
+    gains = {}
+    for kind, scene in {"text": text_images(1, 95, seed=77), "image": dead_leaves(1, 95, seed=77)}.items():
+        y = Blur("valid")(scene, k) + 0.02 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        for name in ("text", "image"):
+            out = deblur(y, kernel=k, prior=name, noise_std=0.02, progress=False, device="cpu").image
+            gains[kind, name] = float(psnr(out, scene[..., 15:79, 15:79]))
+    assert gains["text", "text"] > gains["text", "image"] and gains["image", "image"] > gains["image", "text"], gains
+    with pytest.raises(ValueError, match="prior: expected 'image' or 'text', got 'music'"):
+        deblur(blurred[2], prior="music")
 
 
 def test_restore_with_the_known_kernel(blurred):
