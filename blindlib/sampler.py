@@ -320,7 +320,7 @@ class Result:
     Attributes
     ----------
     latents : dict of name to Tensor
-        Physical estimates, (B * samples, C, H, W); the samples of one measurement are neighbours.
+        Physical estimates, (B * samples, [M,] C, H, W); the samples of one measurement are neighbours.
     samples : int
         Posterior samples of each measurement.
     residual : Tensor, shape (B * samples,)
@@ -368,7 +368,8 @@ def sample(
     Parameters
     ----------
     y : Tensor, shape (B, C, h, w)
-        Measurements, about [-1, 1] plus noise. Items of a batch do not influence one another.
+        Measurements, about [-1, 1] plus noise; (B, M, C, h, w) where the operator sees the scene in M frames. Items of
+        a batch do not influence one another.
     operator : callable
         Called with the physical latents by name, such as ``Blur()``. What is known is fixed with
         ``functools.partial(operator, kernel=k)``.
@@ -523,7 +524,7 @@ def _check(
 
 
 def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
-    """Shape (C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
+    """Shape ([M,] C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
     whole = _whole(operator)
     known = operator.keywords if isinstance(operator, functools.partial) else {}
     sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
