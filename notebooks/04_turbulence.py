@@ -173,7 +173,7 @@ _ = figure.axes[4].set_title("tilt of the first", fontsize=9)
 # The tilt prior learned from both kinds of simulated field, at many strengths. A tilt's diffusion variable is the tilt
 # divided by five pixels, so that nothing is cut at $[-1, 1]$. The second image prior learned from printed text and line
 # drawings; it is the prior of photographs, trained on. Here they are at time $t = 300$, deep in the noise: one sees
-# soft regions in it, the other strokes. And below, tilts: the prior's are weaker than ours, since it learned from weak
+# soft regions in it, the other strokes. Below, tilts: the prior's are weaker than ours, since it learned from weak
 # fields as well as strong ones.
 
 # %%
@@ -441,8 +441,8 @@ _ = display.save_figure(figure, "04_turbulence_tilts.png")
 # **One scene proves little.** On coffee and rocket, under two sets of fields that none of the numbers above was chosen
 # on (one sample each), the tilts again had more than half of what the oracle gains, 61 and 57 %. The pictures are less
 # steady. Against ignoring the tilt, coffee gained 1.7 dB both times; the rocket gained 5.3 dB once and lost 3.0 the
-# other time. What is left to chance is the kernel: where it came out wrong (MNC below 0.9) the picture was, too. Several
-# starts, and a choice among them as `deblur` makes it, are the obvious next thing to try.
+# other time. What is left to chance is the kernel: where it came out wrong (MNC below 0.9) the picture was, too.
+# Several starts, and a choice among them as `deblur` makes it, are the obvious next thing to try.
 #
 # ## Where do the samples disagree?
 #
