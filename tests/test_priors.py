@@ -347,5 +347,8 @@ def test_frames_are_one_prior_for_each(g):
     torch.testing.assert_close(
         several.step(x, 0 * x, 400, 300, x)[:, 2], single.step(x[:, 2], 0 * x[:, 2], 400, 300, x[:, 2])
     )
-    with pytest.raises(ValueError, match="frames: expected a positive number, got 0"):
-        Frames(single, 0)
+    centred = Frames(single, 3, centred=True).physical(x)
+    torch.testing.assert_close(centred.mean(1), torch.zeros(4, 2, 8, 8), atol=1e-6, rtol=0)
+    for frames, wish in ((0, False), (1, True)):
+        with pytest.raises(ValueError, match="frames: expected a positive number"):
+            Frames(single, frames, centred=wish)
