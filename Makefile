@@ -48,7 +48,7 @@ figures: sync  ## execute the notebooks at "cpu", in place: their outputs, pictu
 	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
 	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb)
 
-train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel or kernel-denoiser)
+train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel, text, tilt or kernel-denoiser)
 	$(BIN)/python -m blindlib.train $(PRIOR)
 
 bench: .venv/ready  ## cost of a sampler step against the bare networks

@@ -16,11 +16,12 @@ from blindlib.em import (
     prior_denoiser,
 )
 from blindlib.matching import Learned, fit_flow, learn_operator, load_operator, retrieved_kernel, spectrum_kernel
-from blindlib.metrics import mnc, psnr
+from blindlib.metrics import mnc, psnr, tilt_error
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
     DiffusionPrior,
     EmpiricalPrior,
+    Frames,
     GaussianMixturePrior,
     GaussianPrior,
     UniformPrior,
@@ -35,7 +36,9 @@ from blindlib.simulate import (
     gaussian_kernels,
     kolmogorov_tilts,
     linear_kernels,
+    mixed_tilts,
     motion_kernels,
+    text_images,
     tilt_fields,
 )
 from blindlib.unet import UNet
@@ -50,6 +53,7 @@ __all__ = [
     "DiffusionPrior",
     "Downsample",
     "EmpiricalPrior",
+    "Frames",
     "GaussianMixturePrior",
     "GaussianPrior",
     "KernelDenoiser",
@@ -80,6 +84,7 @@ __all__ = [
     "load_kernel_denoiser",
     "load_operator",
     "load_prior",
+    "mixed_tilts",
     "mnc",
     "motion_kernels",
     "prior_denoiser",
@@ -87,6 +92,8 @@ __all__ = [
     "retrieved_kernel",
     "sample",
     "spectrum_kernel",
+    "text_images",
+    "tilt_error",
     "tilt_fields",
 ]
 __version__ = "0.1.0"

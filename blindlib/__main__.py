@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")
+    p.add_argument("--prior", choices=["image", "text"], help="what is in the picture: any scene, or print")
 
     q = commands.add_parser(
         "learn-operator",
@@ -75,7 +76,7 @@ def _deblur(a: argparse.Namespace) -> str:
             raise ValueError(f"out: {out} is the photograph itself; name another file")
         if out is not None:
             check_output(out)
-    chosen = _given(a, "steps", "starts", "crop")
+    chosen = _given(a, "steps", "starts", "crop", "prior")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")

@@ -78,6 +78,7 @@ def deblur(
     crop: int = 128,
     seed: int = 0,
     device: str | torch.device = "auto",
+    prior: str = "image",
     priors: dict[str, DiffusionPrior] | None = None,
     progress: bool = True,
 ) -> Deblurred:
@@ -111,8 +112,10 @@ def deblur(
     seed : int
     device : str or torch.device
         ``"auto"``: a GPU where there is one.
+    prior : {"image", "text"}
+        Which shipped prior of images: that of all kinds of scenes, or that of printed text and line drawings.
     priors : dict with "image" and "kernel", optional
-        Default: those that ship.
+        Others than those that ship.
     progress : bool
         Print what is being done, with progress bars.
 
@@ -131,10 +134,12 @@ def deblur(
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
     if samples < 1 or starts < 1:
         raise ValueError(f"samples, starts: expected at least 1, got {samples} and {starts}")
+    if prior not in ("image", "text"):
+        raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
     device = pick_device(device)
-    priors = priors or {"image": load_prior("image"), "kernel": load_prior("kernel")}
-    for prior in priors.values():
-        prior.to(device)
+    priors = priors or {"image": load_prior(prior), "kernel": load_prior("kernel")}
+    for one in priors.values():
+        one.to(device)
     blur = Blur(boundary)
 
     y = read_image(photo)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -52,7 +53,7 @@ def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | No
 
 
 def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Figure:
-    """The frames of a run side by side, one row for each latent; titles give the time t."""
+    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows."""
     import matplotlib.pyplot as plt
 
     times = history["t"].tolist()
@@ -61,11 +62,29 @@ def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel
     )
     for row, name in zip(axes, names, strict=True):
         for axis, t, x in zip(row, times, history[name][:, item], strict=True):
-            axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            x = x[0] if x.ndim == 4 else x  # of several tilts, the first
+            if len(x) == 2:
+                arrows(axis, x)
+            else:
+                axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.axis("off")
             if name == names[0]:
                 axis.set_title(f"t = {t}", fontsize=8)
     return figure
+
+
+def arrows(axis: Axes, tilt: Tensor, *, every: int | None = None) -> None:
+    """A tilt field (2, H, W) in pixels as arrows at every ``every``-th pixel, three times their length, over its size.
+
+    The shade is the tilt's length, from none to 3 pixels.
+    """
+    tilt = tilt.detach().cpu().float()
+    h, w = tilt.shape[-2:]
+    every = every or max(1, round(max(h, w) / 14))
+    rows, columns = torch.arange(every // 2, h, every), torch.arange(every // 2, w, every)
+    x, y = tilt[:, rows][:, :, columns]
+    axis.imshow(tilt.norm(dim=0), cmap="Blues", vmin=0, vmax=3, alpha=0.6, interpolation="nearest")
+    axis.quiver(columns, rows, x, y, angles="xy", scale_units="xy", scale=1 / 3, width=0.008, headwidth=4)
 
 
 def png(x: Tensor, width: int = 256) -> bytes:

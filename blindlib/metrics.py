@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blindlib.operators import warp
+
 
 def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], after the best integer shift.
@@ -69,6 +71,40 @@ def mnc(kernel: Tensor, ref: Tensor) -> Tensor:
     peak = torch.fft.irfft2(spectrum, s=size).amax((1, 2, 3))
     norms = kernel.double().flatten(1).norm(dim=1) * ref.double().flatten(1).norm(dim=1)
     return (peak / norms.clamp(min=1e-30)).float()
+
+
+def tilt_error(tilt: Tensor, ref: Tensor, image: Tensor) -> Tensor:
+    """Mean distance of two tilt fields, in pixels, where the scene has edges.
+
+    Each pixel counts with the length of the warped image's gradient: no measurement can tell the tilt of a flat place.
+
+    Parameters
+    ----------
+    tilt, ref : Tensor, shape (B, 2, H, W) or (B, M, 2, H, W)
+        In pixels; M frames.
+    image : Tensor, shape (B, C, H, W)
+        The true scene.
+
+    Returns
+    -------
+    Tensor, shape (B,) or (B, M)
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit.
+    """
+    if tilt.shape != ref.shape or tilt.ndim not in (4, 5) or image.shape[-2:] != ref.shape[-2:]:
+        raise ValueError(
+            f"tilt: expected the shape of ref, {tuple(ref.shape)}, over an image of that size; got "
+            f"{tuple(tilt.shape)} and an image of {tuple(image.shape)}"
+        )
+    frames = tilt.shape[1] if tilt.ndim == 5 else 1
+    seen = warp(image.repeat_interleave(frames, 0), ref.flatten(0, -4))
+    slopes = torch.gradient(seen, dim=(-2, -1))
+    weight = sum(s.square() for s in slopes).sum(1).sqrt().view(ref.shape[:-3] + ref.shape[-2:])
+    distance = (tilt - ref).norm(dim=-3)
+    return (weight * distance).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)
 
 
 def recentred(kernel: Tensor) -> Tensor:

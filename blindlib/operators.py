@@ -6,6 +6,7 @@ A blur is true convolution with the kernel's centre at pixel ``K // 2``, written
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -214,30 +215,132 @@ class Turbulence:
     ----------
     boundary : {"circular", "zero", "reflect", "valid"}
         As of :class:`Blur`, for the warp too; with ``"valid"`` it sees the edge pixels repeated.
+    frames : int, optional
+        M frames of the same scene, each with a tilt of its own: measurements are then (B, M, C, h, w) and tilts (B, M,
+        2, H, W), with one image and one kernel to all of them. Default: a single frame, without that dimension.
 
     Raises
     ------
     ValueError
-        If the boundary is not one of these.
+        If the boundary is not one of these, or frames no positive integer.
+
+    Examples
+    --------
+    >>> several = Turbulence(frames=8)
+    >>> several(torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 5, 5) / 25, torch.zeros(1, 8, 2, 64, 64)).shape
+    torch.Size([1, 8, 3, 64, 64])
     """
 
-    def __init__(self, boundary: str = "circular") -> None:
-        self.blur = Blur(boundary)
+    def __init__(self, boundary: str = "circular", *, frames: int | None = None) -> None:
+        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+            raise ValueError(f"frames: expected a positive integer or None, got {frames!r}")
+        self.blur, self.frames = Blur(boundary), frames
 
     def __repr__(self) -> str:
-        return f"Turbulence(boundary={self.blur.boundary!r})"
+        return f"Turbulence(boundary={self.blur.boundary!r}, frames={self.frames})"
 
     def __call__(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> Tensor:
-        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, 2, H, W) in pixels.
+        """Degrade ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1, K, L) and ``tilt`` (B or 1, [M,] 2, H, W), pixels.
 
         The result's shape and the errors are those of :class:`Blur`, and of :func:`warp`. Differentiable in all three.
         """
-        return self.blur(warp(image, tilt, self.blur.boundary), kernel)
+        image, kernel, tilt = self._spread(image, kernel, tilt)
+        return self._gather(self.blur(warp(image, tilt, self.blur.boundary), kernel))
 
     def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
         """The sizes of latents that follow from those of the measurement and of the other latents."""
         size = self.blur.sizes(measured, kernel)["image"]
         return {"image": size, "tilt": size}
+
+    def solve(
+        self,
+        y: Tensor,
+        kernel: Tensor,
+        tilt: Tensor,
+        image: Tensor,
+        weight: Tensor | float,
+        *,
+        iterations: int = 12,
+    ) -> Tensor:
+        """The proximal map of the data term in the image, by conjugate gradients; see :meth:`Blur.solve`."""
+        return _proximal(lambda x: self(x, kernel, tilt), y, image, weight, iterations)
+
+    def solve_tilt(
+        self,
+        y: Tensor,
+        image: Tensor,
+        kernel: Tensor,
+        tilt: Tensor,
+        weight: Tensor | float,
+        *,
+        smoothness: float = 2.0,
+        iterations: int = 8,
+    ) -> Tensor:
+        """A step of the tilt towards the measurement: ``argmin_u |y - A(u)|^2 + weight |u - tilt|^2_C``.
+
+        One step of Gauss and Newton: the warped image is linearised at ``tilt``, with its slopes, as for optical flow
+        (Lucas & Kanade, IJCAI 1981), and the quadratic problem that is left is solved by conjugate gradients. An edge
+        tells only the tilt across it, and a flat place nothing: neighbours have to help, so the change is taken to be a
+        smooth field. ``|.|_C`` is the Mahalanobis norm of one, white noise under a Gaussian filter, with unit variance
+        at each pixel.
+
+        Parameters
+        ----------
+        y : Tensor (B, [M,] C, h, w)
+        image, kernel, tilt : Tensor
+            As of :meth:`__call__`.
+        weight : float or Tensor (B, [M,] 1, 1, 1)
+            Positive, for tilts in pixels.
+        smoothness : float
+            Standard deviation of that filter, in pixels.
+        iterations : int
+            Of conjugate gradients.
+        """
+        rest = y - self(image, kernel, tilt)
+        image, kernel, flat = self._spread(image, kernel, tilt)
+        slopes = []
+        for along in ((0.5, 0.0), (0.0, 0.5)):
+            half = torch.tensor(along, dtype=flat.dtype, device=flat.device)[:, None, None]
+            slopes.append(warp(image, flat + half, self.blur.boundary) - warp(image, flat - half, self.blur.boundary))
+        slope = torch.stack(slopes, dim=1)  # (B M, 2, C, H, W)
+
+        size = tuple(flat.shape[-2:])
+        fy, fx = (torch.fft.fftfreq(side, dtype=flat.dtype, device=flat.device) for side in size)
+        f2 = fy[:, None] ** 2 + fx**2
+        root = torch.exp(-2 * (math.pi * smoothness) ** 2 * f2)
+        root = (root / root.square().mean().sqrt())[:, : size[1] // 2 + 1]
+
+        def smooth(u: Tensor) -> Tensor:
+            return torch.fft.irfft2(root * torch.fft.rfft2(u), s=size)
+
+        def forward(white: Tensor) -> Tensor:
+            return self.blur((slope * smooth(white)[:, :, None]).sum(1), kernel)
+
+        def transposed(r: Tensor) -> Tensor:
+            return smooth((slope * self.blur.adjoint(r, kernel)[:, None]).sum(2))
+
+        if isinstance(weight, Tensor):
+            weight = weight.flatten(0, -4)
+        zero = torch.zeros_like(flat)
+        move = _conjugate_gradients(forward, transposed, rest.flatten(0, -4), zero, weight, iterations)
+        return tilt + smooth(move).view_as(tilt)
+
+    def _spread(self, image: Tensor, kernel: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One image and one kernel for each frame, and the frames among the batch."""
+        if self.frames is None:
+            return image, kernel, tilt
+        if not isinstance(tilt, Tensor) or tilt.ndim != 5 or tilt.shape[1] != self.frames:
+            shape = tuple(tilt.shape) if isinstance(tilt, Tensor) else type(tilt).__name__
+            raise ValueError(f"tilt: expected shape (B or 1, {self.frames}, 2, H, W), one for each frame, got {shape}")
+        _check_pair(image, kernel)
+        if tilt.shape[0] not in (1, len(image)):
+            raise ValueError(f"tilt: expected one set, or one for each of {len(image)} images; got {len(tilt)}")
+        tilt = tilt.expand(len(image), -1, -1, -1, -1).flatten(0, 1)
+        kernel = kernel.repeat_interleave(self.frames, 0) if len(kernel) > 1 else kernel
+        return image.repeat_interleave(self.frames, 0), kernel, tilt
+
+    def _gather(self, y: Tensor) -> Tensor:
+        return y if self.frames is None else y.unflatten(0, (-1, self.frames))
 
 
 def warp(image: Tensor, tilt: Tensor, boundary: str = "circular") -> Tensor:
@@ -312,13 +415,13 @@ def _fast_length(n: int) -> int:
 
 def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: Tensor) -> Tensor:
     size = operator.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-    return _transposed(lambda x: operator(x, kernel.detach()), y, size)
+    return _transposed(lambda x: operator(x, kernel.detach()), y, y.new_empty(*y.shape[:2], *size))
 
 
-def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, size: tuple[int, int]) -> Tensor:
-    """A^T y of the linear map ``forward`` from images of ``size``: the transpose of its (constant) Jacobian."""
+def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, like: Tensor) -> Tensor:
+    """A^T y of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian."""
     with torch.enable_grad():
-        image = torch.zeros(*y.shape[:2], *size, dtype=y.dtype, device=y.device, requires_grad=True)
+        image = torch.zeros_like(like).requires_grad_(True)
         return torch.autograd.grad(forward(image), image, y)[0]
 
 
@@ -328,9 +431,20 @@ def _proximal(
     """``argmin_x |y - A x|^2 + weight |x - image|^2`` by conjugate gradients, started at ``image``."""
 
     def transposed(r: Tensor) -> Tensor:
-        return _transposed(forward, r, tuple(image.shape[-2:]))
+        return _transposed(forward, r, image)
 
-    x = image
+    return _conjugate_gradients(forward, transposed, y, image, weight, iterations)
+
+
+def _conjugate_gradients(
+    forward: Callable[[Tensor], Tensor],
+    transposed: Callable[[Tensor], Tensor],
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | float,
+    iterations: int,
+) -> Tensor:
+    """``argmin_z |y - A z|^2 + weight |z - x|^2`` for a linear map and its transpose, started at ``x``."""
     r = transposed(y - forward(x))
     p, rr = r, _dot(r, r)
     for _ in range(iterations):

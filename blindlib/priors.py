@@ -6,6 +6,7 @@ maps the diffusion variable, which lives in [-1, 1], to the physical one: an ima
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -47,9 +48,9 @@ def kernel_to_latent(kernel: Tensor) -> Tensor:
     return 2 * kernel / kernel.amax((-2, -1), keepdim=True) - 1
 
 
-def tilt_to_physical(x0: Tensor) -> Tensor:
-    """A tilt's diffusion variable is its displacement in pixels, as in the published prior."""
-    return x0
+def tilt_to_physical(x0: Tensor, scale: float = 1.0) -> Tensor:
+    """A tilt's diffusion variable is its displacement in units of ``scale`` pixels; 1 in the published prior."""
+    return scale * x0
 
 
 def _channels(latent: str) -> int:
@@ -61,15 +62,24 @@ def _channels(latent: str) -> int:
 PHYSICAL = {"image": image_to_physical, "kernel": kernel_to_physical, "tilt": tilt_to_physical}
 
 
+def _physical(latent: str, scale: float) -> Callable[[Tensor], Tensor]:
+    """The map of ``latent`` to its physical quantity, checked against ``scale``, which only a tilt has."""
+    if not scale > 0 or (scale != 1 and latent != "tilt"):
+        raise ValueError(f"scale: expected a positive number of pixels for a tilt and 1 for others, got {scale}")
+    return functools.partial(tilt_to_physical, scale=scale) if latent == "tilt" else PHYSICAL[latent]
+
+
 class Prior(Protocol):
     """The interface that samplers use."""
 
-    shape: tuple[int, int | None, int | None]
-    """Channels, height, width; ``None`` where any size will do."""
+    shape: tuple[int | None, ...]
+    """Channels, height, width (with the frames before them, if any); ``None`` where any size will do."""
     stride: int
     """Height and width must be multiples of it."""
     device: torch.device
     schedule: NoiseSchedule
+    scale: float
+    """Physical units in one of the diffusion variable; 1 but for tilts."""
 
     def start(self, noise: Tensor) -> Tensor:
         """The latent before the first step, made of standard normal ``noise``."""
@@ -103,11 +113,13 @@ class DiffusionPrior:
         Default: the linear one.
     size : int, optional
         The only height and width that it works at; default any multiple of the net's stride.
+    scale : float
+        Of a tilt: how many pixels its diffusion variable counts as 1, so that none is cut at [-1, 1].
 
     Raises
     ------
     ValueError
-        If latent or prediction is unknown, or the net's channels do not fit the latent.
+        If latent or prediction is unknown, the net's channels do not fit the latent, or the scale does not.
     """
 
     def __init__(
@@ -118,6 +130,7 @@ class DiffusionPrior:
         prediction: str = "noise",
         schedule: NoiseSchedule | None = None,
         size: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         channels = _channels(latent)
         if prediction not in ("noise", "v"):
@@ -126,11 +139,11 @@ class DiffusionPrior:
             raise ValueError(f"net: a prior of the {latent} has {channels} channels, the net {net.in_channels}")
         # Channels last is a fifth faster on CPUs, and no slower elsewhere.
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.latent, self.prediction = latent, prediction
+        self.latent, self.prediction, self.scale = latent, prediction, scale
         self.schedule = schedule or NoiseSchedule.linear()
         self.shape = (channels, size, size)
         self.stride = net.stride
-        self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent]
+        self.physical = _physical(latent, scale)
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +186,8 @@ class DiffusionPrior:
 
     def save(self, path: str | Path, note: str = "") -> None:
         """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it."""
-        about = dict(latent=self.latent, prediction=self.prediction, size=self.shape[1], net=self.net.config, note=note)
+        about = dict(latent=self.latent, prediction=self.prediction, size=self.shape[1], scale=self.scale)
+        about |= dict(net=self.net.config, note=note)
         write_checkpoint(path, about, {key: value.detach().half() for key, value in self.net.state_dict().items()})
 
 
@@ -181,6 +195,7 @@ class _ExactPrior:
     """What priors without a network share; each has its own ``denoise``."""
 
     stride = 1
+    scale = 1.0
 
     def __init__(
         self,
@@ -392,10 +407,15 @@ class UniformPrior(_ExactPrior):
     latent : {"image", "kernel", "tilt"}
     size : int, optional
         Height and width of the latent; default: as the operator needs.
+    scale : float
+        Of a tilt, as of :class:`DiffusionPrior`.
     """
 
-    def __init__(self, latent: str, size: int | None = None, *, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, latent: str, size: int | None = None, *, scale: float = 1.0, device: str | torch.device = "cpu"
+    ) -> None:
         super().__init__((_channels(latent), size, size), latent, device)
+        self.scale, self.physical = scale, _physical(latent, scale)
 
     def start(self, noise: Tensor) -> Tensor:
         return 0.1 * noise
@@ -405,7 +425,59 @@ class UniformPrior(_ExactPrior):
         return x_t.clamp(-1, 1)
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
-        return x_t.clamp(-1, 1)
+        return x0.clamp(-1, 1)
+
+
+class Frames:
+    """A prior of ``frames`` independent latents of one kind, such as the tilts of as many frames.
+
+    Its latents are (B, frames, C, H, W).
+
+    Parameters
+    ----------
+    prior : Prior
+        Of each.
+    frames : int
+    centred : bool
+        Take their mean to be zero: where the scene is unknown, a tilt that all frames have in common cannot be told
+        from a scene that is bent, and so the scene is taken to be as the frames show it on average.
+
+    Raises
+    ------
+    ValueError
+        If ``frames`` is not positive, or is one and to be centred.
+    """
+
+    def __init__(self, prior: Prior, frames: int, *, centred: bool = False) -> None:
+        if frames < (2 if centred else 1):
+            raise ValueError(f"frames: expected a positive number, and two to be centred, got {frames}")
+        self.prior, self.shape, self.centred = prior, (frames, *prior.shape), centred
+        self.stride, self.schedule, self.scale = prior.stride, prior.schedule, prior.scale
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self._each(self.prior.start(noise.flatten(0, 1)))
+
+    def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        return self._each(self.prior.denoise(x_t.flatten(0, 1), t))
+
+    def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        x0, extra = self.prior.estimate(x_t.flatten(0, 1), t)
+        return self._each(x0), extra
+
+    def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: Tensor | None = None) -> Tensor:
+        x_t, x0, noise = (value.flatten(0, 1) for value in (x_t, x0, noise))
+        return self._each(self.prior.step(x_t, x0, t, t_prev, noise, extra))
+
+    def physical(self, x0: Tensor) -> Tensor:
+        physical = self._each(self.prior.physical(x0.flatten(0, 1)))
+        return physical - physical.mean(1, keepdim=True) if self.centred else physical
+
+    def _each(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.shape[0]))
 
 
 def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> DiffusionPrior:
@@ -414,10 +486,10 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     Parameters
     ----------
     name_or_path : str or Path
-        ``"image"`` or ``"kernel"``, which ship with the package; or a file: one that :meth:`DiffusionPrior.save` or
-        training wrote, or a published checkpoint of BlindDPS / DPS (``ffhq_10m.pt``, ``kernel.pt``, ``tilt.pt``; the
-        kind is told from its keys and shapes). Nothing in a file is executed: safetensors, or
-        ``torch.load(weights_only=True)``.
+        ``"image"``, ``"text"`` (an image prior of print and drawings), ``"kernel"`` or ``"tilt"``, which ship with the
+        package; or a file: one that :meth:`DiffusionPrior.save` or training wrote, or a published checkpoint of
+        BlindDPS / DPS (``ffhq_10m.pt``, ``kernel.pt``, ``tilt.pt``; the kind is told from its keys and shapes).
+        Nothing in a file is executed: safetensors, or ``torch.load(weights_only=True)``.
     device : str or torch.device
 
     Raises
@@ -448,7 +520,8 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
         else:
             net = UNet(**about["net"])
             net.load_state_dict({key: value.float() for key, value in state.items()})
-            prior = DiffusionPrior(net, about["latent"], prediction=about["prediction"], size=about["size"])
+            settings = {key: about[key] for key in ("prediction", "size", "scale") if key in about}
+            prior = DiffusionPrior(net, about["latent"], **settings)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this package or of the published family: {error}") from None
     return prior.to(device)

@@ -59,6 +59,16 @@ class DPS:
     sparsity : mapping of latent name to float
         Weight lambda of the l1 norm of a latent, scaled to [0, 1]: for a kernel that is the kernel with peak 1,
         *before* it is divided by its sum (afterwards its l1 norm is 1, whatever the kernel, and has no gradient).
+    solved : collection of str
+        Latents that take no step along a gradient: their posterior mean is pulled to the measurement by the operator's
+        ``solve`` (the image) or ``solve_<name>``, and no derivative of their network is needed. For where one step
+        size cannot fit, such as a tilt: strong gradients at edges, none where the image is flat.
+    caution : mapping of latent name to float
+        Weight of the prior's mean against the measurement in that pull, 1 if not given. More is for an operator that
+        is still wrong.
+    release : mapping of latent name to float
+        Noise level of the latent above which it is not pulled, and keeps to its prior: a tilt can be seen once
+        the image has edges, and before that it would only fit the image's faults.
     """
 
     step_size: float | Mapping[str, float] = field(default_factory=lambda: dict(STEP_SIZE))
@@ -67,6 +77,9 @@ class DPS:
     edges: Collection[str] = ("kernel",)
     lead: Mapping[str, float] = field(default_factory=lambda: {"kernel": LEAD})
     sparsity: Mapping[str, float] = field(default_factory=dict)
+    solved: Collection[str] = ()
+    caution: Mapping[str, float] = field(default_factory=dict)
+    release: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def paper(cls, **changes: object) -> DPS:
@@ -77,6 +90,11 @@ class DPS:
     def released(cls, **changes: object) -> DPS:
         """The released code's choice: sqrt(alpha_bar_t) for every latent."""
         return cls(**{"step_size": 1.0, "settling": (), "edges": (), "lead": {}, **changes})
+
+    @classmethod
+    def turbulence(cls, **changes: object) -> DPS:
+        """For :class:`blindlib.Turbulence`: image and tilt are solved for, the kernel follows its gradient."""
+        return cls(**{"solved": ("image", "tilt"), "caution": {"image": 2.0}, "release": {"tilt": 0.3}, **changes})
 
     def respaced(self, steps: int, side: float = 64) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
@@ -107,9 +125,10 @@ class DPS:
 
         Returns the new latents, the posterior means x0_hat (as diffusion variables), and the residual's norm (B,).
         """
-        x = {name: value.detach().requires_grad_(True) for name, value in x.items()}
+        times = {name: (self.time(name, t, priors[name]), self.time(name, t_prev, priors[name])) for name in x}
+        led = [name for name in x if name not in self.solved]
+        x = {name: value.detach().requires_grad_(name in led) for name, value in x.items()}
         with torch.enable_grad():
-            times = {name: (self.time(name, t, priors[name]), self.time(name, t_prev, priors[name])) for name in x}
             estimates = {name: priors[name].estimate(x[name], times[name][0]) for name in x}
             x0 = {name: mean for name, (mean, _) in estimates.items()}
             physical = {name: priors[name].physical(mean) for name, mean in x0.items()}
@@ -117,23 +136,55 @@ class DPS:
             def residual(moved: list[str]) -> Tensor:
                 return y - operator(**{name: v if name in moved else v.detach() for name, v in physical.items()})
 
-            r = residual([name for name in x if name not in self.edges])
-            norm = r.flatten(1).norm(dim=1)
-            objective = norm.sum()
-            if moved := [name for name in x if name in self.edges]:
-                objective = objective + _differences(residual(moved)).norm(dim=1).sum()
+            r = residual([name for name in led if name not in self.edges])
+            objective = _norms(r).sum()
+            if moved := [name for name in led if name in self.edges]:
+                objective = objective + _norms(_differences(residual(moved))).sum()
             for name, weight in self.sparsity.items():
                 objective = objective + weight * ((x0[name] + 1) / 2).abs().sum()
-            gradient = dict(zip(x, torch.autograd.grad(objective, list(x.values())), strict=True))
+            gradient = torch.autograd.grad(objective, [x[name] for name in led]) if led else ()
+
+            physical = {name: value.detach() for name, value in physical.items()}
+            for name in reversed([name for name in x if name in self.solved]):
+                x0[name] = self.pulled(name, x0[name].detach(), physical, times[name][0], y, operator, priors[name])
+                physical[name] = priors[name].physical(x0[name])
 
         new = {}
         with torch.no_grad():
-            for name, (mean, extra) in estimates.items():
+            for name, mean in x0.items():
                 now, then = times[name]
+                extra = estimates[name][1]
                 # Times are whole numbers: two of the run's can be one of a latent that leads.
                 new[name] = priors[name].step(x[name], mean, now, then, noise[name], extra) if then < now else x[name]
-                new[name] = new[name] - self.scale(name, t, priors[name]) * gradient[name]
-        return new, {name: mean.detach() for name, mean in x0.items()}, norm.detach()
+            for name, g in zip(led, gradient, strict=True):
+                # What all frames share follows their mean, what is a frame's own that frame alone.
+                share = x[name].shape[1:-3].numel() / y.shape[1:-3].numel()
+                new[name] = new[name] - share * self.scale(name, t, priors[name]) * g
+        return new, {name: mean.detach() for name, mean in x0.items()}, r.detach().flatten(1).norm(dim=1)
+
+    @torch.no_grad()
+    def pulled(
+        self, name: str, x0: Tensor, physical: Latents, t: int, y: Tensor, operator: Callable, prior: Prior
+    ) -> Tensor:
+        """The posterior mean ``x0`` of latent ``name``, pulled to the measurement by the operator's own solve."""
+        a = prior.schedule.alpha_bar(t)
+        # As in PiGDM: x_0 is normal around its mean, with this variance. What is left of y is not only noise: while the
+        # image is coarse, most of it is the image's fault, and the latent must not take it on.
+        if prior.schedule.sigma(t) > self.release.get(name, math.inf):
+            return x0
+        whole, method = _whole(operator), "solve" if name == "image" else f"solve_{name}"
+        if not hasattr(whole, method):
+            raise TypeError(f"operator: to pull the {name} it needs a method {method}, which {whole!r} has not")
+        # As in PiGDM: x_0 is normal around its mean, with this variance (of at most one physical unit). What is left of
+        # y is not noise alone: early on most of it is the other latents' fault, and this one must not take it on.
+        variance = 1 / (1 + a / (1 - a) / prior.scale**2)
+        rest = (y - operator(**physical)).square().mean((-3, -2, -1), keepdim=True)
+        if name == "image":
+            rest = rest.flatten(1).mean(1)[:, None, None, None]
+        known = operator.keywords if isinstance(operator, functools.partial) else {}
+        latents = {**known, **physical}
+        moved = getattr(whole, method)(y=y, weight=self.caution.get(name, 1.0) * rest / variance, **latents)
+        return (x0 + (moved - physical[name]) / prior.scale).clamp(-1, 1)
 
     def time(self, name: str, t: int, prior: Prior) -> int:
         """Time of latent ``name`` in its own diffusion when the run is at ``t``."""
@@ -148,8 +199,13 @@ class DPS:
 
 
 def _differences(r: Tensor) -> Tensor:
-    """Finite differences of ``r`` (B, C, H, W) along both axes, (B, N)."""
-    return torch.cat([r.diff(dim=3).flatten(1), r.diff(dim=2).flatten(1)], dim=1)
+    """Finite differences of ``r`` (B, ..., C, H, W) along both axes, (B, ..., N, 1, 1)."""
+    return torch.cat([r.diff(dim=-1).flatten(-3), r.diff(dim=-2).flatten(-3)], dim=-1)[..., None, None]
+
+
+def _norms(r: Tensor) -> Tensor:
+    """One norm for each frame: (B, ...) of ``r`` (B, ..., C, H, W)."""
+    return r.flatten(-3).norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -246,11 +302,16 @@ class PiGDM:
 
 def solve(operator: Callable, y: Tensor, image: Tensor, weight: float) -> Tensor:
     """The proximal map of ``operator``, or of ``partial(operator, kernel=...)``, at ``image``."""
-    whole = operator.func if isinstance(operator, functools.partial) else operator
+    whole = _whole(operator)
     if not hasattr(whole, "solve"):
         raise TypeError(f"operator: this guidance needs an operator with a solve method, {whole!r} has none")
     known = operator.keywords if isinstance(operator, functools.partial) else {}
     return whole.solve(y, image=image, weight=weight, **known)
+
+
+def _whole(operator: Callable) -> Callable:
+    """The operator itself, where some of its arguments are fixed."""
+    return operator.func if isinstance(operator, functools.partial) else operator
 
 
 @dataclass
@@ -260,7 +321,7 @@ class Result:
     Attributes
     ----------
     latents : dict of name to Tensor
-        Physical estimates, (B * samples, C, H, W); the samples of one measurement are neighbours.
+        Physical estimates, (B * samples, [M,] C, H, W); the samples of one measurement are neighbours.
     samples : int
         Posterior samples of each measurement.
     residual : Tensor, shape (B * samples,)
@@ -310,7 +371,8 @@ def sample(
     Parameters
     ----------
     y : Tensor, shape (B, C, h, w)
-        Measurements, about [-1, 1] plus noise. Items of a batch do not influence one another.
+        Measurements, about [-1, 1] plus noise; (B, M, C, h, w) where the operator sees the scene in M frames. Items of
+        a batch do not influence one another.
     operator : callable
         Called with the physical latents by name, such as ``Blur()``. What is known is fixed with
         ``functools.partial(operator, kernel=k)``.
@@ -380,7 +442,7 @@ def sample(
         with torch.no_grad():
             x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
         # Estimates are clipped, so that the residual stays small however far the latents run away: look at both.
-        size = float(torch.stack([value.square().mean((1, 2, 3)).max() for value in x.values()]).max().sqrt())
+        size = float(torch.stack([value.flatten(1).square().mean(1).max() for value in x.values()]).max().sqrt())
         if not size < LARGEST or not bool(torch.isfinite(norm).all()):
             raise ArithmeticError(
                 f"sample: diverged at step {i + 1} of {steps} (t = {t}): latents of root mean square {size:.3g} where "
@@ -454,13 +516,13 @@ class _Noise:
 
 def _check(
     y: Tensor, operator: Callable, priors: Mapping[str, Prior], samples: int
-) -> tuple[dict[str, tuple[int, int, int]], object]:
+) -> tuple[dict[str, tuple[int, ...]], object]:
     """Check what came; returns each latent's shape and the common schedule."""
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: expected a floating-point tensor, got {kind}")
-    if y.ndim != 4 or 0 in y.shape:
-        raise ValueError(f"y: expected shape (B, C, h, w), got {tuple(y.shape)}")
+    if y.ndim not in (4, 5) or 0 in y.shape:
+        raise ValueError(f"y: expected shape (B, C, h, w), or (B, M, C, h, w) of frames, got {tuple(y.shape)}")
     if not bool(torch.isfinite(y).all()):
         raise ValueError(f"y: has {int((~torch.isfinite(y)).sum())} values that are NaN or infinite")
     if float(y.abs().max()) > 3:
@@ -497,12 +559,12 @@ def _check(
     return _shapes(y, operator, priors), schedules[0]
 
 
-def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, int, int]]:
-    """Shape (C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
-    whole = operator.func if isinstance(operator, functools.partial) else operator
+def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
+    """Shape ([M,] C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
+    whole = _whole(operator)
     known = operator.keywords if isinstance(operator, functools.partial) else {}
     sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
-    sizes |= {name: tuple(p.shape[1:]) for name, p in priors.items() if p.shape[1] is not None}
+    sizes |= {name: tuple(p.shape[-2:]) for name, p in priors.items() if p.shape[-1] is not None}
     derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
     shapes = {}
     for name, prior in priors.items():
@@ -513,9 +575,9 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
                 f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior "
                 f"works at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
             )
-        if name == "image" and name not in known and prior.shape[0] != y.shape[1]:
-            raise ValueError(f"y: has {y.shape[1]} channels, the image prior {prior.shape[0]}; repeat or average y's")
-        shapes[name] = (prior.shape[0], height, width)
+        if name == "image" and name not in known and prior.shape[-3] != y.shape[-3]:
+            raise ValueError(f"y: has {y.shape[-3]} channels, the image prior {prior.shape[0]}; repeat or average y's")
+        shapes[name] = (*prior.shape[:-2], height, width)
     return shapes
 
 

@@ -10,10 +10,14 @@ import math
 import random
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw
 
 Seed = int | torch.Generator
 
@@ -275,26 +279,145 @@ def _text(draw: _Draw, n: int, x: Tensor, y: Tensor) -> Tensor:
 @cache
 def _text_pages(page: int = 1024, line: int = 42) -> list[Tensor]:
     """A page of random words in the fonts that come with matplotlib, ink 1 on paper 0, at sizes 1, 1/2 and 1/4."""
-    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = sorted(p for p in folder.glob("*.ttf") if p.name.startswith(("DejaVuS", "STIXGeneral")))
+    fonts = _fonts()
     rng = random.Random(0)
-    letters = "eeeeeetttttaaaaooooiiinnnssshhhrrrddllucmwfgypbvkxjqz"
     sheet = Image.new("L", (page, page))
     pen = ImageDraw.Draw(sheet)
     for top in range(0, page, line):
-        font = ImageFont.truetype(str(rng.choice([p for p in fonts if "Display" not in p.name])), rng.randint(26, 34))
-        words = []
-        for _ in range(40):
-            word = "".join(rng.choice(letters) for _ in range(rng.randint(1, 9)))
-            style = rng.random()
-            word = word.upper() if style < 0.2 else word.title() if style < 0.35 else word
-            words.append(str(rng.randint(0, 9999)) if style > 0.9 else word + rng.choice(["", "", "", ",", ".", ":"]))
+        font = ImageFont.truetype(rng.choice(fonts), rng.randint(26, 34))
+        words = [_word(rng) for _ in range(40)]
         pen.text((rng.randint(-40, 0), top), " ".join(words), fill=255, font=font)
     ink = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).reshape(page, page) / 255
     return [ink, *(F.avg_pool2d(ink[None, None], k)[0, 0] for k in (2, 4))]
+
+
+@cache
+def _fonts() -> list[str]:
+    """Paths of the text fonts that come with matplotlib."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = sorted(p for p in folder.glob("*.ttf") if p.name.startswith(("DejaVuS", "STIXGeneral")))
+    return [str(p) for p in fonts if "Display" not in p.name]
+
+
+def _word(rng: random.Random) -> str:
+    letters = "eeeeeetttttaaaaooooiiinnnssshhhrrrddllucmwfgypbvkxjqz"
+    word = "".join(rng.choice(letters) for _ in range(rng.randint(1, 9)))
+    style = rng.random()
+    word = word.upper() if style < 0.2 else word.title() if style < 0.35 else word
+    return str(rng.randint(0, 9999)) if style > 0.9 else word + rng.choice(["", "", "", ",", ".", ":"])
+
+
+def text_images(n: int, size: int, *, seed: Seed = 0, device: str | torch.device = "cpu") -> Tensor:
+    """Printed pages and line drawings: the training images of the shipped text prior.
+
+    Random words and numbers in the fonts that come with matplotlib, in lines 8 to 36 pixels apart and a little turned;
+    polylines, circles, boxes, arrows and grids; some of both. One ink, now and then two, on an even ground: dark on
+    light or light on dark, mostly grey. Drawn fourfold and averaged, which smooths the edges.
+
+    Parameters
+    ----------
+    n : int
+        How many.
+    size : int
+        Height and width in pixels. Sizes of letters do not depend on it.
+    seed : int or torch.Generator
+    device : str or torch.device
+
+    Returns
+    -------
+    Tensor, shape (n, 3, size, size), in [-1, 1]
+
+    Raises
+    ------
+    ValueError
+        If ``n`` or ``size`` is not positive.
+    """
+    if n < 1 or size < 1:
+        raise ValueError(f"n, size: expected positive integers, got {n} and {size}")
+    draw = _Draw(seed, device)
+    pages = [_page(random.Random(int(s)), size) for s in draw.integers(2**31, n)]
+    return torch.stack(pages).to(draw.device)
+
+
+def _page(rng: random.Random, size: int, fine: int = 4) -> Tensor:
+    """One of :func:`text_images`: inks (3, size, size) over a ground."""
+    from PIL import Image, ImageDraw
+
+    dark, light = (_tone(rng, *range_) for range_ in ((-1, -0.3), (0.35, 1)))
+    ground, ink = (light, dark) if rng.random() < 0.65 else (dark, light)
+    second = ink if rng.random() < 0.7 else _tone(rng, -1, -0.3) if ground is light else _tone(rng, 0.35, 1)
+    kind = rng.random()
+    image = ground[:, None, None].expand(3, size, size)
+    for colour, content in ((ink, _print if kind < 0.65 else _drawing), (second, _drawing if kind > 0.5 else None)):
+        if content is None:
+            continue
+        wide = round(1.5 * size) * fine  # what turns must reach into the corners
+        sheet = Image.new("L", (wide, wide))
+        content(rng, ImageDraw.Draw(sheet), wide, fine)
+        angle = rng.gauss(0, 6) if rng.random() < 0.7 else rng.uniform(-90, 90)
+        sheet = sheet.rotate(angle, Image.Resampling.BILINEAR)
+        corner = (wide - size * fine) // 2
+        cover = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).reshape(1, wide, wide) / 255
+        cover = cover[:, corner : corner + size * fine, corner : corner + size * fine]
+        image = torch.lerp(image, colour[:, None, None].expand_as(image), F.avg_pool2d(cover, fine))
+    return image
+
+
+def _tone(rng: random.Random, low: float, high: float) -> Tensor:
+    """A colour (3,) of a brightness in [low, high]; two in three are grey."""
+    vivid = 0.25 if rng.random() < 0.35 else 0.0
+    value = rng.uniform(low, high)
+    return torch.tensor([value + rng.gauss(0, vivid) for _ in range(3)]).clamp(-1, 1)
+
+
+def _print(rng: random.Random, pen: ImageDraw.ImageDraw, wide: int, fine: int) -> None:
+    from PIL import ImageFont
+
+    line = math.exp(rng.uniform(math.log(8), math.log(36))) * fine
+    font = ImageFont.truetype(rng.choice(_fonts()), max(6, round(line * rng.uniform(0.6, 0.95))))
+    top = -rng.uniform(0, line)
+    while top < wide:
+        pen.text((-rng.uniform(0, 3) * line, top), " ".join(_word(rng) for _ in range(24)), fill=255, font=font)
+        top += line
+
+
+def _drawing(rng: random.Random, pen: ImageDraw.ImageDraw, wide: int, fine: int) -> None:
+    def point() -> tuple[float, float]:
+        return rng.uniform(0, wide), rng.uniform(0, wide)
+
+    width = max(1, round(math.exp(rng.uniform(math.log(0.8), math.log(3.5))) * fine))
+    for _ in range(round((1 + rng.randrange(6)) * (wide / (96 * fine)) ** 2) or 1):
+        kind = rng.randrange(6)
+        if kind == 0:
+            pen.line([point() for _ in range(rng.randint(2, 6))], fill=255, width=width, joint="curve")
+        elif kind in (1, 2):
+            (x, y), r, s = point(), *(math.exp(rng.uniform(math.log(4), math.log(30))) * fine for _ in range(2))
+            s = r if rng.random() < 0.6 else s
+            shape = pen.ellipse if kind == 1 else pen.rectangle
+            solid = rng.random() < 0.25
+            shape((x - r, y - s, x + r, y + s), fill=255 if solid else None, outline=255, width=width)
+        elif kind == 3:
+            (x, y), (u, v) = point(), point()
+            pen.line([(x, y), (u, v)], fill=255, width=width)
+            along, head = math.atan2(v - y, u - x), 4 * width
+            tips = [(u - head * math.cos(along + a), v - head * math.sin(along + a)) for a in (-0.45, 0.45)]
+            pen.polygon([(u, v), *tips], fill=255)
+        elif kind == 4:
+            step = math.exp(rng.uniform(math.log(6), math.log(24))) * fine
+            first, last = rng.uniform(0, wide / 2), rng.uniform(wide / 2, wide)
+            for i in range(int((last - first) / step) + 1):
+                at = first + i * step
+                pen.line([(first, at), (last, at)], fill=255, width=width)
+                pen.line([(at, first), (at, last)], fill=255, width=width)
+        else:
+            x, y = point()
+            waves, height = rng.uniform(0.02, 0.12) / fine, rng.uniform(3, 15) * fine
+            curve = [(i, y + height * math.sin(waves * i + x)) for i in range(0, wide, fine)]
+            pen.line(curve, fill=255, width=width, joint="curve")
 
 
 # -------------------------------------------------------------------------------------------------------- kernels
@@ -553,6 +676,28 @@ def kolmogorov_tilts(
     field = torch.fft.irfft2(1j * slopes / std * potential, s=(whole, whole))[..., :size, :size]
     strength = draw.log_uniform(n, 1, 1, 1, low=d_r0[0], high=d_r0[1])
     return 2 * math.sqrt(0.182) * strength ** (5 / 6) * field
+
+
+def mixed_tilts(n: int, size: int, *, seed: Seed = 0, device: str | torch.device = "cpu") -> Tensor:
+    """The mixture that the shipped tilt prior learns: half :func:`kolmogorov_tilts`, half :func:`tilt_fields`.
+
+    Strengths and smoothness vary over what a picture of 64 pixels may meet: 0.1 to 1.4 pixels root mean square along
+    each axis; fields that change within a pixel or two up to fields that bend the whole scene as one. Result and errors
+    as :func:`tilt_fields`; no tilt is longer than 5 pixels along an axis.
+    """
+    _check_tilt(n, size, "", (1, 1))
+    draw = _Draw(seed, device)
+    common = dict(seed=draw.generator, device=device)
+    quarter = -(-n // 4)
+    parts = []
+    for _ in range(2):  # smoothness and apertures are one number a call
+        smoothness, apertures = (float(draw.log_uniform(1, low=a, high=b)) for a, b in ((1, 6), (3, 12)))
+        patchy = tilt_fields(quarter, size, max_tilt=math.inf, strength=(1, 1), smoothness=smoothness, **common)
+        # White noise of deviation 1, smoothed, and 31 patches over each pixel.
+        std = math.sqrt(31) / (2 * math.sqrt(math.pi) * smoothness)
+        patchy = (patchy / std * draw.log_uniform(quarter, 1, 1, 1, low=0.1, high=1.3)).clamp(-2.5, 2.5)
+        parts += [patchy, kolmogorov_tilts(quarter, size, d_r0=(0.2, 1.8), apertures=apertures, **common)]
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n].clamp(-5, 5)
 
 
 def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **positive: float) -> None:

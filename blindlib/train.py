@@ -1,4 +1,4 @@
-"""Training of what ships: ``python -m blindlib.train image``, ``kernel`` or ``kernel-denoiser``.
+"""Training of what ships: ``python -m blindlib.train image``, ``kernel``, ``text``, ``tilt`` or ``kernel-denoiser``.
 
 One loop for every prior and every machine: a CPU, a GPU, or several under ``accelerate launch -m blindlib.train
 image``. The data are procedural (:mod:`blindlib.simulate`) and made while training runs. A run lives in one folder;
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blindlib import simulate
+from blindlib import display, simulate
 from blindlib.em import KernelDenoiser
-from blindlib.priors import DiffusionPrior, kernel_to_latent
+from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
 from blindlib.unet import UNet
 
 
@@ -38,7 +38,13 @@ class Recipe:
     batch: int
     learning_rate: float = 5e-4
     any_size: bool = True
-    """Whether the prior works at any size; if not, examples are not turned either (a kernel has a centre pixel)."""
+    """Whether the prior works at any size."""
+    turned: bool = True
+    """Whether an example turned or mirrored is one too: not a kernel (which has a centre pixel), a tilt or a letter."""
+    scale: float = 1.0
+    """Of a tilt: pixels, as of :class:`DiffusionPrior`."""
+    start: str | None = None
+    """The shipped prior, of the same net, whose weights training begins with; default: random ones."""
     task: type | None = None
     """What the network is trained for; default :class:`Diffusion`."""
 
@@ -59,8 +65,10 @@ class Diffusion:
     levels = (20, 100, 300)
     """Times at which denoising is validated."""
 
-    def __init__(self, net: UNet, name: str, recipe: Recipe) -> None:
-        self.prior = DiffusionPrior(net, name, prediction="v", size=None if recipe.any_size else recipe.size)
+    def __init__(self, net: UNet, recipe: Recipe) -> None:
+        latent = next(latent for latent, channels in CHANNELS.items() if channels == net.in_channels)
+        size = None if recipe.any_size else recipe.size
+        self.prior = DiffusionPrior(net, latent, prediction="v", size=size, scale=recipe.scale)
         self.save, self.size = self.prior.save, recipe.size
 
     def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
@@ -88,7 +96,7 @@ class Denoising:
     levels = (0.001, 0.003, 0.01)
     """Standard deviations of the noise at which denoising is validated; the M-step's is sqrt(weight / beta)."""
 
-    def __init__(self, net: KernelDenoiser, name: str, recipe: Recipe) -> None:
+    def __init__(self, net: KernelDenoiser, recipe: Recipe) -> None:
         self.net, self.save, self.recipe = net, net.save, recipe
 
     def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
@@ -110,6 +118,8 @@ class Denoising:
         return (both / x.amax((1, 2, 3), keepdim=True)).clamp(0, 1).flatten(0, 1)
 
 
+LARGEST_TILT = 5.0  # pixels; see simulate.mixed_tilts
+
 RECIPES = {
     "image": Recipe(
         data=lambda **where: simulate.dead_leaves(32, 128, **where),
@@ -123,6 +133,24 @@ RECIPES = {
         net=dict(in_channels=1, base_channels=32, multipliers=(1, 2, 3), attention=(4,), head_channels=32, groups=8),
         batch=64,
         any_size=False,
+        turned=False,
+    ),
+    "text": Recipe(
+        data=lambda **where: simulate.text_images(32, 96, **where),
+        size=64,
+        net=dict(in_channels=3, base_channels=32, multipliers=(1, 1, 2, 4), groups=8),
+        batch=16,
+        turned=False,
+        start="image",
+    ),
+    "tilt": Recipe(
+        data=lambda **where: simulate.mixed_tilts(32, 64, **where) / LARGEST_TILT,
+        size=48,
+        net=dict(in_channels=2, base_channels=16, multipliers=(1, 2, 2, 4), groups=8),
+        batch=16,
+        learning_rate=1e-3,
+        turned=False,
+        scale=LARGEST_TILT,
     ),
     "kernel-denoiser": Recipe(
         data=lambda **where: kernels_of_some_window(256, 32, **where),
@@ -164,7 +192,7 @@ class Stream:
             x = _pick(_pick(blocks, g), g)
             top, left = _pick(range(x.shape[1] - size + 1), g), _pick(range(x.shape[2] - size + 1), g)
             x = x[:, top : top + size, left : left + size]
-            if self.recipe.any_size:
+            if self.recipe.turned:
                 x = x.rot90(_pick(range(4), g), (1, 2))
                 x = x.flip(2) if _pick(range(2), g) else x
             examples.append(x)
@@ -206,7 +234,7 @@ def train(
 
     Parameters
     ----------
-    name : {"image", "kernel", "kernel-denoiser"}
+    name : {"image", "kernel", "text", "tilt", "kernel-denoiser"}
     folder : str or Path
         Holds ``state.pt`` (to resume), ``<name>.safetensors`` (the prior), ``loss.png`` and ``samples.png``.
     steps : int
@@ -238,7 +266,10 @@ def train(
     task = recipe.task or Diffusion
     net = task.Net(**recipe.net).to(memory_format=torch.channels_last)
     mean = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=moving_average)
-    task = task(mean.module.eval().requires_grad_(False), name, recipe)
+    if recipe.start is not None:
+        net.load_state_dict(load_prior(recipe.start).net.state_dict())
+        mean.module.load_state_dict(net.state_dict())
+    task = task(mean.module.eval().requires_grad_(False), recipe)
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     net.to(where), mean.to(where)
 
@@ -370,7 +401,10 @@ def report(task: Diffusion | Denoising, history: list[list[float]], folder: Path
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axis, x in zip(figure.subplots(2, 8).flat, task.pictures().cpu(), strict=True):
-        axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
+        if len(x) == 2:
+            display.arrows(axis, 2 * task.prior.scale * (x - 0.5))
+        else:
+            axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
         axis.axis("off")
     figure.savefig(folder / "samples.png", dpi=120)
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blindlib import mnc, motion_kernels, psnr
+from blindlib import mnc, motion_kernels, psnr, tilt_error
 from blindlib.metrics import recentred
 
 
@@ -67,3 +67,18 @@ def test_bad_input():
         mnc(x, x)
     with pytest.raises(ValueError, match="ref: expected one kernel or 1"):
         mnc(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 3, 3))
+
+
+def test_tilt_error_counts_edges_only(g):
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 4:6] = 1
+    ref = torch.zeros(1, 2, 16, 16)
+    flat, edge = ref.clone(), ref.clone()
+    flat[..., 10:14] = 3.0
+    edge[:, 0, :, 3:7] = 2.0
+    torch.testing.assert_close(tilt_error(flat, ref, image), torch.zeros(1))
+    torch.testing.assert_close(tilt_error(edge, ref, image), torch.full((1,), 2.0))
+    frames = torch.stack([flat, edge], dim=1)
+    torch.testing.assert_close(tilt_error(frames, 0 * frames, image), torch.tensor([[0.0, 2.0]]))
+    with pytest.raises(ValueError, match="tilt: expected the shape of ref"):
+        tilt_error(flat, frames, image)

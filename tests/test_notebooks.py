@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "tests" / "baselines"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 # What sampling at "ci" may differ by between machines. Times are recorded, not tested.
-TOLERANCE = {"psnr": 1.0, "mnc": 0.1, "residual": 0.3, "agreement": 1e-3}
+TOLERANCE = {"psnr": 1.0, "mnc": 0.1, "tilt": 0.15, "residual": 0.3, "agreement": 1e-3}
 
 each_notebook = pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda p: p.stem)
 

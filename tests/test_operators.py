@@ -252,3 +252,65 @@ def test_bad_choices():
         Downsample(0)
     with pytest.raises(ValueError, match="psfs: expected shape"):
         SpaceVaryingBlur()(torch.zeros(1, 3, 9, 9), torch.zeros(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("boundary", ["circular", "valid"])
+def test_frames_are_single_frames_side_by_side(boundary, g):
+    image, kernel = torch.rand(2, 3, 12, 12, generator=g), torch.rand(2, 1, 3, 3, generator=g)
+    tilt = torch.randn(2, 4, 2, 12, 12, generator=g)
+    together = Turbulence(boundary, frames=4)(image, kernel, tilt)
+    apart = torch.stack([Turbulence(boundary)(image, kernel, tilt[:, i]) for i in range(4)], dim=1)
+    torch.testing.assert_close(together, apart)
+    one = Turbulence(boundary, frames=1)(image, kernel, tilt[:, :1])
+    torch.testing.assert_close(one[:, 0], Turbulence(boundary)(image, kernel, tilt[:, 0]))
+    shared = Turbulence(boundary, frames=4)(image, kernel[:1], tilt[:1])
+    torch.testing.assert_close(shared[0], Turbulence(boundary, frames=4)(image[:1], kernel[:1], tilt[:1])[0])
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+def test_turbulence_solves_for_the_image(frames, g):
+    """At the minimum of |y - A x|^2 + w |x - x0|^2 the gradient is zero."""
+    shape = (1, 2, 8, 8) if frames is None else (1, frames, 2, 8, 8)
+    operator, tilt = Turbulence(frames=frames), torch.randn(*shape, generator=g)
+    image, start = torch.rand(2, 1, 3, 8, 8, generator=g)
+    kernel = torch.rand(1, 1, 3, 3, generator=g) / 9
+    y = operator(image, kernel, tilt)
+    x = operator.solve(y, kernel, tilt, start, 0.5, iterations=60).requires_grad_(True)
+    loss = (y - operator(x, kernel, tilt)).square().sum() + 0.5 * (x - start).square().sum()
+    assert torch.autograd.grad(loss, x)[0].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+def test_turbulence_solves_for_a_small_tilt(frames):
+    """Steps of Gauss and Newton find a smooth tilt of a textured image; a frame's step is its own."""
+    axis = torch.arange(32) * 2 * torch.pi / 32
+    image = (torch.sin(4 * axis)[:, None] + torch.sin(5 * axis)).expand(1, 3, 32, 32) / 2
+    kernel = torch.ones(1, 1, 1, 1)
+    true = torch.stack([0.4 * torch.sin(axis)[:, None].expand(32, 32), 0.3 * torch.cos(axis).expand(32, 32)])[None]
+    if frames is not None:
+        true = torch.stack([true, -true], dim=1)
+    operator = Turbulence(frames=frames)
+    y, tilt = operator(image, kernel, true), torch.zeros_like(true)
+    for _ in range(4):
+        tilt = operator.solve_tilt(y, image, kernel, tilt, 1e-3, smoothness=3.0, iterations=20)
+    assert (tilt - true).abs().mean() < 0.15 * true.abs().mean()
+    torch.testing.assert_close(operator.solve_tilt(y, 0 * image, kernel, 0 * true, 1e-3), 0 * true)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Turbulence(frames=0), "frames: expected a positive integer or None, got 0"),
+        (
+            lambda: Turbulence(frames=2)(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 8, 8)),
+            r"tilt: expected shape \(B or 1, 2, 2, H, W\), one for each frame",
+        ),
+        (
+            lambda: Turbulence(frames=2)(torch.zeros(3, 3, 8, 8), torch.ones(1, 1, 1, 1), torch.zeros(2, 2, 2, 8, 8)),
+            "tilt: expected one set",
+        ),
+    ],
+)
+def test_bad_frames(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -21,21 +21,26 @@ from blindlib import (
     blur_kernels,
     dead_leaves,
     load_prior,
+    mixed_tilts,
     motion_kernels,
     sample,
+    text_images,
 )
-from blindlib.priors import WEIGHTS, kernel_to_latent, kernel_to_physical
+from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical
+
+SHIPPED = {"image": ("image", 3), "kernel": ("kernel", 1), "text": ("image", 3), "tilt": ("tilt", 2)}
 
 
-@pytest.mark.parametrize("name, channels", [("image", 3), ("kernel", 1)])
-def test_shipped_priors_load(name, channels):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_priors_load(name):
     prior = load_prior(name)
-    assert prior.latent == name and prior.shape[0] == channels
+    assert (prior.latent, prior.shape[0]) == SHIPPED[name]
     assert not any(p.requires_grad for p in prior.net.parameters())
 
 
 def test_shipped_weights_are_small():
-    assert sum(p.stat().st_size for p in WEIGHTS.glob("*.safetensors")) < 16e6
+    sizes = [p.stat().st_size for p in WEIGHTS.glob("*.safetensors")]
+    assert max(sizes) < 8e6 and sum(sizes) < 20e6
     assert (WEIGHTS / "README.md").is_file(), "the card is missing"
 
 
@@ -301,3 +306,49 @@ def test_bad_arguments():
 def test_exact_priors_reject(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --------------------------------------------------------------------------------------------- tilts and frames
+
+
+def test_the_tilt_prior_denoises_tilts_and_knows_their_pixels(g):
+    prior, fields = load_prior("tilt"), mixed_tilts(8, 64, seed=77)
+    assert prior.scale == 5 and prior.shape == (2, None, None)
+    torch.testing.assert_close(prior.physical(fields / 5), fields)
+    x0 = fields / prior.scale
+    x_t = prior.schedule.diffuse(x0, torch.tensor([100]), torch.randn(x0.shape, generator=g))
+    a = prior.schedule.alpha_bar(100)
+    best_gain = x0.square().mean() * a**0.5 / (x0.square().mean() * a + 1 - a)  # all that a pixel alone can tell
+    assert (prior.denoise(x_t, 100) - x0).square().mean() < 0.5 * (best_gain * x_t - x0).square().mean()
+
+
+def test_the_text_prior_knows_text_better_than_the_image_prior_does(g):
+    x0, t = text_images(8, 64, seed=78), 200
+    x_t = load_prior("text").schedule.diffuse(x0, torch.tensor([t]), torch.randn(x0.shape, generator=g))
+    errors = [(load_prior(name).denoise(x_t, t) - x0).square().mean() for name in ("text", "image")]
+    assert errors[0] < errors[1]
+
+
+def test_scale_is_kept_in_the_file(tmp_path):
+    net = UNet(2, base_channels=8, multipliers=(1, 1), groups=4)
+    DiffusionPrior(net, "tilt", scale=3.0).save(tmp_path / "a.safetensors")
+    assert load_prior(tmp_path / "a.safetensors").physical(torch.ones(1)) == 3
+    with pytest.raises(ValueError, match="scale: expected a positive number of pixels for a tilt and 1 for others"):
+        UniformPrior("image", scale=2.0)
+
+
+def test_frames_are_one_prior_for_each(g):
+    spectrum = torch.rand(2, 8, 5, generator=g)
+    single = GaussianPrior(0.2, spectrum=spectrum, latent="tilt")
+    several = Frames(single, 3)
+    assert several.shape == (3, 2, 8, 8)
+    x = torch.randn(4, 3, 2, 8, 8, generator=g)
+    torch.testing.assert_close(several.denoise(x, 400)[:, 1], single.denoise(x[:, 1], 400))
+    torch.testing.assert_close(
+        several.step(x, 0 * x, 400, 300, x)[:, 2], single.step(x[:, 2], 0 * x[:, 2], 400, 300, x[:, 2])
+    )
+    centred = Frames(single, 3, centred=True).physical(x)
+    torch.testing.assert_close(centred.mean(1), torch.zeros(4, 2, 8, 8), atol=1e-6, rtol=0)
+    for frames, wish in ((0, False), (1, True)):
+        with pytest.raises(ValueError, match="frames: expected a positive number"):
+            Frames(single, frames, centred=wish)

@@ -20,7 +20,7 @@ from blindlib import (
     sample,
 )
 from blindlib.operators import otf
-from blindlib.priors import GaussianPrior, kernel_to_physical
+from blindlib.priors import Frames, GaussianPrior, kernel_to_physical
 
 
 def spectrum(size=16, channels=1, slope=2.0):
@@ -428,3 +428,57 @@ def test_respaced_steps_grow_fivefold_at_most_and_follow_the_side():
 def test_diffpir_needs_a_solver(small_priors, y):
     with pytest.raises(TypeError, match="needs an operator with a solve method"):
         sample(y, lambda image: image, {"image": small_priors["image"]}, steps=2, guidance=DiffPIR(noise_std=0.1))
+
+
+# ------------------------------------------------------------------------------------------------------ frames
+
+
+def _turbulent(frames, n=2):
+    g = torch.Generator().manual_seed(4)
+    shape = (n, 2, 16, 16) if frames is None else (n, frames, 2, 16, 16)
+    kernel, tilt = torch.ones(1, 1, 3, 3) / 9, torch.randn(shape, generator=g)
+    operator = Turbulence(frames=frames)
+    return operator, kernel, operator(torch.rand(n, 3, 16, 16, generator=g) - 0.5, kernel, tilt)
+
+
+def _tilted_priors(small_priors, frames):
+    flat = GaussianPrior(0.0, spectrum=0.01 * torch.ones(2, 16, 9), latent="tilt")
+    return {"image": small_priors["image"], "tilt": flat if frames is None else Frames(flat, frames)}
+
+
+@pytest.mark.parametrize("guidance", [DPS(), DPS.turbulence(release={})])
+def test_one_frame_is_a_single_image(small_priors, guidance):
+    results = []
+    for frames in (None, 1):
+        operator, kernel, y = _turbulent(frames)
+        known = partial(operator, kernel=kernel)
+        results.append(sample(y, known, _tilted_priors(small_priors, frames), steps=8, guidance=guidance))
+    torch.testing.assert_close(results[0].image, results[1].image, atol=1e-3, rtol=0)
+    torch.testing.assert_close(results[0].tilt, results[1].tilt[:, 0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [DPS(), DPS.turbulence(release={})])
+def test_frames_run_and_items_stay_independent(small_priors, guidance):
+    operator, kernel, y = _turbulent(3)
+    known, priors = partial(operator, kernel=kernel), _tilted_priors(small_priors, 3)
+    whole = sample(y, known, priors, steps=8, samples=2, seed=5, history=2, guidance=guidance)
+    assert whole.image.shape == (4, 3, 16, 16) and whole.posterior("tilt").shape == (2, 2, 3, 2, 16, 16)
+    assert whole.history["tilt"].shape == (2, 4, 3, 2, 16, 16) and whole.residual.shape == (4,)
+    alone = sample(y[1:], known, priors, steps=8, seed=5, guidance=guidance)
+    torch.testing.assert_close(whole.posterior("image")[1, :1], alone.image, atol=1e-3, rtol=0)
+    torch.testing.assert_close(whole.posterior("tilt")[1, :1], alone.tilt, atol=1e-3, rtol=0)
+
+
+def test_a_pull_needs_an_operator_that_solves(small_priors):
+    operator, kernel, y = _turbulent(None)
+    wrong = partial(lambda image, kernel, tilt: operator(image, kernel, tilt), kernel=kernel)
+    with pytest.raises(TypeError, match="to pull the tilt it needs a method solve_tilt"):
+        sample(y, wrong, _tilted_priors(small_priors, None), steps=2, guidance=DPS.turbulence(release={}))
+
+
+def test_a_tilt_keeps_to_its_prior_until_it_is_released(small_priors):
+    operator, kernel, y = _turbulent(None)
+    known, priors = partial(operator, kernel=kernel), _tilted_priors(small_priors, None)
+    runs = [sample(value, known, priors, steps=8, guidance=DPS.turbulence(release={"tilt": 1e-6})) for value in (y, -y)]
+    torch.testing.assert_close(runs[0].tilt, runs[1].tilt)
+    assert (runs[0].image - runs[1].image).abs().max() > 0.1

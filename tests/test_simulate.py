@@ -11,8 +11,10 @@ from blindlib import (
     gaussian_kernels,
     kolmogorov_tilts,
     linear_kernels,
+    mixed_tilts,
     mnc,
     motion_kernels,
+    text_images,
     tilt_fields,
 )
 
@@ -30,7 +32,7 @@ def test_kernels_are_kernels(make, n, size, seed):
     assert (k.sum(2).squeeze(1) @ axis).abs().max() < 0.2 and (k.sum(3).squeeze(1) @ axis).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, tilt_fields, kolmogorov_tilts])
+@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, text_images, tilt_fields, kolmogorov_tilts, mixed_tilts])
 def test_seeds(make):
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -153,3 +155,22 @@ def test_tilt_fields_are_cut_and_as_strong_at_every_size():
 def test_bad_tilts(make, change, message):
     with pytest.raises(ValueError, match=message):
         make(**{"n": 1, "size": 16, **change})
+
+
+def test_text_is_two_or_three_even_tones_with_sharp_edges():
+    x = text_images(32, 64, seed=0)
+    assert x.shape == (32, 3, 64, 64) and x.min() >= -1 and x.max() <= 1
+    edges = (x.diff(dim=3).abs().amax(1) > 0.02).float().mean((1, 2))
+    assert edges.median() < 0.6, "most of a page is even"
+    assert x.std((2, 3)).mean(1).median() > 0.3, "ink and ground are far apart"
+    dark = x.mean((1, 2, 3)) < 0
+    assert 2 < dark.sum() < 30, "dark on light and light on dark"
+    assert text_images(1, 40, seed=1).shape == (1, 3, 40, 40)
+    with pytest.raises(ValueError, match="n, size"):
+        text_images(0, 32)
+
+
+def test_mixed_tilts_are_not_longer_than_the_priors_scale():
+    tilt = mixed_tilts(10, 32, seed=0)
+    assert tilt.shape == (10, 2, 32, 32) and tilt.abs().max() <= 5
+    assert tilt.square().mean().sqrt() == pytest.approx(0.8, abs=0.4)

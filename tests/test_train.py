@@ -34,7 +34,7 @@ def test_training_learns_to_denoise_and_writes_everything(tmp_path):
     assert path == tmp_path / "kernel.safetensors"
     assert {p.name for p in tmp_path.iterdir()} == {"state.pt", "kernel.safetensors", "loss.png", "samples.png"}
     history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
-    untrained = Diffusion(UNet(**TINY.net), "kernel", TINY)
+    untrained = Diffusion(UNet(**TINY.net), TINY)
     before, after = Validation(TINY, torch.device("cpu"))(untrained)[-1], history[-1][-1]
     assert history[-1][0] == 150 and after > before + 1, f"denoising {before} dB, then {after} dB"
     assert load_prior(path).denoise(torch.zeros(1, 1, 8, 8), 10).shape == (1, 1, 8, 8)
@@ -46,7 +46,7 @@ def test_the_same_loop_trains_the_denoiser_of_kernels(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "kernel-denoiser", tiny)
     path = train.train("kernel-denoiser", tmp_path, steps=150, device="cpu", progress=str)
     history = torch.load(tmp_path / "state.pt", weights_only=True)["history"]
-    before = Validation(tiny, torch.device("cpu"))(Denoising(KernelDenoiser(channels=8), "kernel-denoiser", tiny))
+    before = Validation(tiny, torch.device("cpu"))(Denoising(KernelDenoiser(channels=8), tiny))
     assert history[-1][-1] > before[-1] + 1
     assert load_kernel_denoiser(path)(torch.zeros(1, 1, 8, 8), 0.01).shape == (1, 1, 8, 8)
     lines = []
@@ -143,6 +143,17 @@ def test_the_loss_is_zero_for_a_perfect_net(g):
     a = prior.schedule.alpha_bars[t].float().reshape(-1, 1, 1, 1)
     loss = v_loss(lambda x, t: a.sqrt() * noise - (1 - a).sqrt() * x0, prior, x0, t, noise)
     torch.testing.assert_close(loss, torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_a_recipe_can_start_from_a_shipped_prior(tmp_path, monkeypatch):
+    """After one step, whose learning rate is next to nothing, the weights are those of the start."""
+    start = load_prior("kernel")
+    net = {**start.net.config}
+    monkeypatch.setitem(RECIPES, "kernel", Recipe(lambda **_: torch.zeros(4, 1, 32, 32), 32, net, 2, start="kernel"))
+    path = train.train("kernel", tmp_path, steps=1, device="cpu", progress=str)
+    weights, expected = load_prior(path).net.state_dict(), start.net.state_dict()
+    for key in weights:
+        torch.testing.assert_close(weights[key], expected[key], atol=5e-3, rtol=0)
 
 
 def test_several_processes_train_together(tmp_path):
