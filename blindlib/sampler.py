@@ -168,8 +168,6 @@ class DPS:
     ) -> Tensor:
         """The posterior mean ``x0`` of latent ``name``, pulled to the measurement by the operator's own solve."""
         a = prior.schedule.alpha_bar(t)
-        # As in PiGDM: x_0 is normal around its mean, with this variance. What is left of y is not only noise: while the
-        # image is coarse, most of it is the image's fault, and the latent must not take it on.
         if prior.schedule.sigma(t) > self.release.get(name, math.inf):
             return x0
         whole, method = _whole(operator), "solve" if name == "image" else f"solve_{name}"
