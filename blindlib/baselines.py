@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blindlib.metrics import recentred
-from blindlib.operators import otf
+from blindlib.operators import otf, windowed
 
 
 def l0_pyramid(
@@ -84,7 +84,7 @@ def l0_pyramid(
         window = min(max(3, int(kernel_size * scale)), *size)
         small = F.interpolate(y, size, mode="bilinear", antialias=True)
         if kernel is None:
-            kernel = _no_blur(y.new_zeros(len(y), 1, window, window))
+            kernel = no_blur(len(y), window).to(y)
         else:
             kernel = F.interpolate(kernel, (window, window), mode="bicubic").clamp(min=0)
             kernel = recentred(kernel / kernel.sum((-2, -1), keepdim=True))
@@ -122,10 +122,10 @@ def kernel_between(x: Tensor, y: Tensor, kernel_size: int, ridge: float) -> Tens
     of_x, of_y = d * torch.fft.rfft2(x), d * torch.fft.rfft2(y)
     bottom = of_x.abs().square().sum((0, 2)) + ridge * size[0] * size[1]
     full = torch.fft.irfft2((of_x.conj() * of_y).sum((0, 2)) / bottom, s=size)[:, None]
-    kernel = full.roll((k // 2, k // 2), (-2, -1))[..., :k, :k]
+    kernel = windowed(full, (k, k))
     kernel = kernel * (kernel > 0.05 * kernel.amax((-2, -1), keepdim=True))
     total = kernel.sum((-2, -1), keepdim=True)
-    return torch.where(total > 1e-9, kernel / total.clamp(min=1e-9), _no_blur(torch.zeros_like(kernel)))
+    return torch.where(total > 1e-9, kernel / total.clamp(min=1e-9), no_blur(1, k).to(kernel))
 
 
 def differences(size: tuple[int, int], like: Tensor) -> Tensor:
@@ -153,7 +153,8 @@ def faded(y: Tensor, width: int) -> Tensor:
     return inside * y + (1 - inside) * soft
 
 
-def _no_blur(kernel: Tensor) -> Tensor:
-    """Kernels of zeros with one bright pixel in the middle."""
-    kernel[..., kernel.shape[-2] // 2, kernel.shape[-1] // 2] = 1
+def no_blur(n: int, size: int) -> Tensor:
+    """``n`` kernels (n, 1, size, size) of one bright pixel in the middle."""
+    kernel = torch.zeros(n, 1, size, size)
+    kernel[..., size // 2, size // 2] = 1
     return kernel

@@ -21,8 +21,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from blindlib.baselines import l0_pyramid
-from blindlib.operators import Blur, otf
+from blindlib.baselines import l0_pyramid, no_blur
+from blindlib.operators import Blur, otf, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, Latents, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
@@ -232,7 +232,7 @@ def fit_kernel(
     z = kernel0.expand(len(y), -1, -1, -1)
     for _ in range(iterations):
         solved = ((top + weight * otf(z, size)) / (bottom + weight)).mean(1, keepdim=True)
-        z = _simplex(_window(torch.fft.irfft2(solved, s=size), window))
+        z = _simplex(windowed(torch.fft.irfft2(solved, s=size), window))
         if regularizer is not None:
             z = _simplex(regularizer(z, beta))
     return z
@@ -256,12 +256,6 @@ def _simplex(kernel: Tensor) -> Tensor:
     k = kernel.clamp(min=0)
     total = k.sum((-2, -1), keepdim=True)
     return torch.where(total > 0, k / total.clamp(min=1e-12), 1 / (k.shape[-2] * k.shape[-1]))
-
-
-def _window(full: Tensor, window: tuple[int, int]) -> Tensor:
-    """The part of periodic kernels, centred at the origin, that lies in ``window``, centred there."""
-    k, l = window
-    return full.roll((k // 2, l // 2), (-2, -1))[..., :k, :l]
 
 
 class _KernelEstimate:
@@ -422,9 +416,7 @@ def as_published(kernel_size: int) -> dict:
     The start is a centred bright pixel, and M-steps are made from the first step on. :func:`diffusion_em` takes
     ``kernel0`` of these.
     """
-    delta = torch.zeros(1, 1, kernel_size, kernel_size)
-    delta[..., kernel_size // 2, kernel_size // 2] = 1
-    return dict(kernel0=delta, fit_below=1000)
+    return dict(kernel0=no_blur(1, kernel_size), fit_below=1000)
 
 
 def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:

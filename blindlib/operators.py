@@ -379,6 +379,12 @@ def otf(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.fft.rfft2(padded.roll((-(k // 2), -(l // 2)), (-2, -1)))
 
 
+def windowed(kernel: Tensor, window: tuple[int, int]) -> Tensor:
+    """The part of kernels on a periodic grid, centred at the origin as :func:`otf` has them, in ``window``, centred."""
+    k, l = window
+    return kernel.roll((k // 2, l // 2), (-2, -1))[..., :k, :l]
+
+
 def convolve_fft(image: Tensor, kernel: Tensor) -> Tensor:
     """Valid convolution by FFT; shapes as for :class:`Blur`."""
     h, w = image.shape[-2:]
