@@ -1,4 +1,4 @@
-"""From a blurred photograph to a sharp one: the parallel sampler for the kernel, a proximal one for the picture."""
+"""From a blurred photograph to a sharp one: EM and parallel sampling for the kernel, DiffPIR for the picture."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from blindlib.baselines import l0_pyramid
-from blindlib.metrics import recentred
+from blindlib.baselines import l0_pyramid, no_blur
+from blindlib.em import EM_BOUNDARIES, fast_em
+from blindlib.metrics import mnc, recentred
 from blindlib.operators import BOUNDARIES, Blur
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, sample
 
-# Strength and ridge of the guesses that the diffusion starts from, and the time it starts at: its noise hides what is
-# fine in them only. No one setting suits all pictures.
-GUESSES = ((0.2, 500), (0.4, 500), (0.8, 500), (0.4, 125), (0.1, 2000))
+# Strength and ridge of the guesses that EM starts from (no one setting suits all pictures), its steps, and the time at
+# which the parallel diffusion starts from what EM has found: its noise hides what is fine only.
+GUESSES = ((0.2, 500), (0.4, 500), (0.1, 2000))
+EM_STEPS = 30
 START_TIME = 120
+# Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
+SHARP = 0.9
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -70,7 +74,7 @@ def deblur(
     *,
     kernel: Tensor | None = None,
     steps: int = 60,
-    starts: int = 2,
+    starts: int = 1,
     samples: int = 1,
     boundary: str = "valid",
     noise_std: float | None = None,
@@ -85,7 +89,8 @@ def deblur(
     """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
 
     The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored by
-    DiffPIR.
+    DiffPIR (:func:`restore`). If the kernel found is next to a single bright pixel, the picture was not blurred, and
+    comes back as it is.
 
     Parameters
     ----------
@@ -157,16 +162,22 @@ def deblur(
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         starts = max(starts, samples)
-        say(f"finding the kernel in {starts} x {steps} steps from {part.shape[-1]}x{part.shape[-2]} pixels")
+        say(f"finding the kernel from {part.shape[-1]}x{part.shape[-2]} pixels")
         options = dict(steps=steps, starts=starts, seed=seed, progress=progress)
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
-        # The kernel is not quite right either: what it cannot explain is noise to the restoration.
-        kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
+        # The kernel is not quite right either: what it cannot explain is noise to the restoration. A half more, since
+        # the picture that this was told from could adapt to the kernel.
+        kernels, stds = kernels[:samples], [max(noise_std, 1.5 * float(r)) for r in rest[:samples]]
+        sharp = (mnc(kernels, no_blur(1, window).to(kernels)) >= SHARP).tolist()
     else:
-        kernels, stds = kernel.to(device), [noise_std] * len(kernel)
-    say(f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
-    pairs = zip(kernels, stds, strict=True)
-    images = torch.cat([restore(y, k[None], priors["image"], blur, std, progress=progress) for k, std in pairs])
+        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
+    say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
+    options = dict(seed=seed, progress=progress)
+    images = [
+        y if as_it_is else restore(y, k[None], priors["image"], blur, std, **options)
+        for k, std, as_it_is in zip(kernels, stds, sharp, strict=True)
+    ]
+    images = torch.cat(images)
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
@@ -179,11 +190,16 @@ def restore(
     blur: Blur,
     noise_std: float,
     *,
-    steps: int = 30,
+    steps: int = 20,
+    samples: int = 4,
     tile: int = 256,
+    seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """Undo a blur with a known kernel by DiffPIR, piece by piece where the picture is large.
+    """Undo a blur with a known kernel: the mean of posterior samples by DiffPIR.
+
+    Of all estimates the posterior's mean has the least squared error; each sample adds details of its own making.
+    Large pictures are restored piece by piece.
 
     Parameters
     ----------
@@ -196,8 +212,11 @@ def restore(
         are no multiples of the prior's stride.
     noise_std : float
     steps : int
+    samples : int
+        One is sharper to the eye and a decibel further from the truth.
     tile : int
         Larger pictures are cut into overlapping pieces of about this side.
+    seed : int
     progress : bool
 
     Returns
@@ -205,9 +224,13 @@ def restore(
     Tensor, shape (1, 3, H, W)
         The scene where ``y`` saw it.
     """
-    guidance = DiffPIR(noise_std=noise_std)
+    options = dict(steps=steps, samples=samples, seed=seed, guidance=DiffPIR(noise_std=noise_std, strength=1.0))
+
+    def mean(part: Tensor, k: Tensor) -> Tensor:
+        return sample(part, partial(blur, kernel=k), {"image": prior}, **options).posterior("image").mean(1)
+
     if blur.boundary != "valid":
-        return sample(y, partial(blur, kernel=kernel), {"image": prior}, steps=steps, guidance=guidance).image
+        return mean(y, kernel)
     k = kernel.shape[-1]
     spans = [_spans(side, tile, k) for side in y.shape[-2:]]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
@@ -220,7 +243,7 @@ def restore(
         grow = [-(side + k - 1) % prior.stride for side in part.shape[-2:]]
         before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
         grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
-        scene = sample(part, partial(blur, kernel=grown), {"image": prior}, steps=steps, guidance=guidance).image
+        scene = mean(part, grown)
         first = [(k + g) - 1 - (k + g) // 2 for g in grow]
         seen = scene[..., first[0] : first[0] + bottom - top, first[1] : first[1] + right - left]
         ramp = _ramp(bottom - top, k, y)[:, None] * _ramp(right - left, k, y)
@@ -236,15 +259,16 @@ def find_kernels(
     noise_std: float,
     *,
     steps: int = 60,
-    starts: int = 2,
+    starts: int = 1,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Kernels that explain ``y``: guesses of a classical method, made better by parallel diffusion.
+    """Kernels that explain ``y``: guesses of a classical method, made better by EM, then by parallel diffusion.
 
     A run from pure noise spends most of its steps on coarse matters, and its noise decides which kernel it ends at.
-    :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings, and :func:`unexplained` tells
-    which guess is best; the diffusion of image and kernel then starts from it with little noise.
+    :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
+    :func:`~blindlib.em.fast_em` comes to nearly the same kernel; where it does not, its residual tells. The diffusion
+    of image and kernel then starts from the best with little noise, and :func:`unexplained` whether it made it better.
 
     Parameters
     ----------
@@ -256,7 +280,7 @@ def find_kernels(
     steps : int
         Of the diffusion.
     starts : int
-        Runs, from the best guesses; when there are more, from the same ones with other noise.
+        Runs of the diffusion, from the best of EM's kernels; when there are more, from the same with other noise.
     seed : int
     progress : bool
 
@@ -265,21 +289,27 @@ def find_kernels(
     tuple of Tensor, shapes (starts, 1, K, K) and (starts,)
         The best first, and what each leaves unexplained.
     """
-    window, many = priors["kernel"].shape[1], y.expand(starts, -1, -1, -1)
-    periodic = blur.boundary == "circular"
-    guesses = [l0_pyramid(y, window, noise_std, strength=s, ridge=r, periodic=periodic)[1] for s, r in GUESSES]
-    guesses = torch.cat(guesses)
-    rest, images = unexplained(y, guesses, priors["image"], blur, noise_std)
-    best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
-    start = {"image": images[best], "kernel": kernel_to_latent(guesses[best])}
+    window = priors["kernel"].shape[1]
+    if blur.boundary not in EM_BOUNDARIES:  # what is far enough from the edges is as if the sensor saw no more
+        inner = slice(window - 1 - window // 2, -(window // 2))
+        y, blur = y[..., inner, inner], Blur("valid")
+    pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
+    guesses = torch.cat([pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES])
+    em = dict(kernel_size=window, noise_std=noise_std, steps=EM_STEPS, kernel0=guesses, boundary=blur.boundary)
+    common = dict(seed=seed, progress=progress)
+    run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, **common)
+    best = run.residual.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
+
+    found = run.kernel[best]
+    start = {"image": run.image[best], "kernel": kernel_to_latent(found)}
     # Steps as long as in a run of 300, which has about as many at these times.
     guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
-    seeds = [seed + i for i in range(starts)]
-    options = dict(steps=steps, seed=seeds, guidance=guidance, progress=progress)
-    run = sample(many, blur, priors, start=start, start_time=START_TIME, **options)
-    kernels = recentred(_cleaned(run.kernel))
+    common["seed"] = [seed + i for i in range(starts)]
+    options = dict(steps=steps, guidance=guidance, start=start, start_time=START_TIME, **common)
+    run = sample(y.expand(starts, -1, -1, -1), blur, priors, **options)
+    kernels = torch.cat([recentred(_cleaned(run.kernel)), recentred(found)])
     rest, _ = unexplained(y, kernels, priors["image"], blur, noise_std)
-    order = rest.argsort()
+    order = rest.argsort()[:starts]
     return kernels[order], rest[order]
 
 

@@ -31,6 +31,7 @@ Regularizer = Callable[[Tensor, float], Tensor]
 
 # Time below which images have edges to fit a kernel to.
 FIT_BELOW = 300
+EM_BOUNDARIES = ("circular", "valid")
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def fit_kernel(
     kernel0: Tensor,
     regularizer: Regularizer | None = None,
     *,
+    boundary: str = "circular",
     beta: float = 1e5,
     iterations: int = 10,
 ) -> Tensor:
@@ -184,20 +186,24 @@ def fit_kernel(
 
     Minimises the sum over the samples of ``|y - k * x|^2 / (2 noise_std^2)`` plus the regulariser, by half-quadratic
     splitting: alternately a least-squares solve in Fourier space, for each colour channel and then averaged, and the
-    regulariser's proximal map, after each of which negative values are cut and the sum is made one.
+    regulariser's proximal map, after each of which negative values are cut and the sum is made one. Fourier space
+    needs a blur that is circular. Where the sensor saw less than that (our addition), the rest is taken to be what the
+    kernel at hand makes of the samples, anew each time: missing data, as EM treats it.
 
     Parameters
     ----------
     y : Tensor, shape (B, C, H, W)
-        Measurements under a circular blur, on any scale.
+        Measurements, on any scale.
     x_samples : Tensor, shape (B, n, C, H, W) or (B, C, H, W)
-        Images, on the same scale.
+        Images, on the same scale; K - 1 pixels larger than ``y`` if the boundary is ``"valid"``.
     noise_std : float
         Of ``y``, on its scale.
     kernel0 : Tensor, shape (B or 1, 1, K, L)
         Start; its window is the result's.
     regularizer : callable, optional
         ``regularizer(kernel, beta)``: a proximal map, such as :class:`L1`, :class:`L2` or :class:`PlugAndPlay`.
+    boundary : {"circular", "valid"}
+        Of the blur, as of :class:`~blindlib.operators.Blur`.
     beta : float
         Weight of the splitting, for kernels that sum to one.
     iterations : int
@@ -212,27 +218,37 @@ def fit_kernel(
         If shapes do not fit, or a number is not positive.
     """
     x = x_samples.unsqueeze(1) if x_samples.ndim == 4 else x_samples
-    if y.ndim != 4 or x.ndim != 5 or x.shape[:1] + x.shape[2:] != y.shape:
-        raise ValueError(
-            f"x_samples: expected shape (B, n, C, H, W) with y's {tuple(y.shape)}, got {tuple(x_samples.shape)}"
-        )
+    if boundary not in EM_BOUNDARIES:
+        raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1] != 1:
         raise ValueError(f"kernel0: expected shape (B or 1, 1, K, L), got {tuple(kernel0.shape)}")
-    if any(k > side for k, side in zip(kernel0.shape[-2:], y.shape[-2:], strict=True)):
-        raise ValueError(f"kernel0: {tuple(kernel0.shape[-2:])} is larger than the image, {tuple(y.shape[-2:])}")
+    window, more = tuple(kernel0.shape[-2:]), 1 if boundary == "valid" else 0
+    scene = tuple(side + more * (k - 1) for side, k in zip(y.shape[-2:], window, strict=True))
+    if y.ndim != 4 or x.ndim != 5 or x.shape[:1] + x.shape[2:] != y.shape[:2] + scene:
+        raise ValueError(
+            f"x_samples: expected shape (B, n, C, H, W) with {(*y.shape[:2], *scene)} for y's {tuple(y.shape)} "
+            f"(boundary={boundary!r}), got {tuple(x_samples.shape)}"
+        )
+    if any(k > side for k, side in zip(window, y.shape[-2:], strict=True)):
+        raise ValueError(f"kernel0: {window} is larger than the image, {tuple(y.shape[-2:])}")
     for name, value in (("noise_std", noise_std), ("beta", beta), ("iterations", iterations)):
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
 
-    size, window = tuple(y.shape[-2:]), tuple(kernel0.shape[-2:])
     spectrum = torch.fft.rfft2(x)
-    top = (spectrum.conj() * torch.fft.rfft2(y)[:, None]).sum(1)
     bottom = spectrum.abs().square().sum(1)
     weight = noise_std**2 * beta
-    z = kernel0.expand(len(y), -1, -1, -1)
+    z, whole = kernel0.expand(len(y), -1, -1, -1), y[:, None]
+    # Of a convolution, the pixels whose whole neighbourhood lies inside.
+    seen = tuple(slice(k - 1 - k // 2, k - 1 - k // 2 + side) for k, side in zip(window, y.shape[-2:], strict=True))
     for _ in range(iterations):
-        solved = ((top + weight * otf(z, size)) / (bottom + weight)).mean(1, keepdim=True)
-        z = _simplex(windowed(torch.fft.irfft2(solved, s=size), window))
+        h = otf(z, scene)
+        if boundary == "valid":
+            whole = torch.fft.irfft2(spectrum * h[:, None], s=scene)
+            whole[..., *seen] = y[:, None]
+        top = (spectrum.conj() * torch.fft.rfft2(whole)).sum(1)
+        solved = ((top + weight * h) / (bottom + weight)).mean(1, keepdim=True)
+        z = _simplex(windowed(torch.fft.irfft2(solved, s=scene), window))
         if regularizer is not None:
             z = _simplex(regularizer(z, beta))
     return z
@@ -313,7 +329,8 @@ class EM:
         if t < self.fit_below:
             grouped = priors["image"].physical(x0["image"]).unflatten(0, (-1, self.samples))
             first = slice(None, None, self.samples)
-            kernel = fit_kernel(y[first], grouped, self.noise_std, kernel[first], self.regularizer)
+            boundary = operator.boundary
+            kernel = fit_kernel(y[first], grouped, self.noise_std, kernel[first], self.regularizer, boundary=boundary)
             kernel = centred(kernel).repeat_interleave(self.samples, 0)
         return {**new, "kernel": kernel}, {**x0, "kernel": kernel}, norm
 
@@ -330,6 +347,7 @@ def fast_em(
     regularizer: Regularizer | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
     fit_below: int = FIT_BELOW,
+    boundary: str = "circular",
     **options: object,
 ) -> Result:
     """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287).
@@ -337,7 +355,6 @@ def fast_em(
     Parameters
     ----------
     y : Tensor, shape (B, C, H, W), about [-1, 1]
-        Measurements under a circular blur.
     image_prior : Prior
     kernel_size : int
         Side of the kernel's window, odd or even.
@@ -353,6 +370,8 @@ def fast_em(
         Start; default that of :func:`~blindlib.baselines.l0_pyramid`.
     fit_below : int
         M-steps begin at this time of the diffusion.
+    boundary : {"circular", "valid"}
+        Of the blur; the paper's is circular. With ``"valid"``, H + K - 1 has to be a multiple of the prior's stride.
     **options
         As of :func:`~blindlib.sampler.sample`: ``seed``, ``history``, ``progress``, ``callback``.
 
@@ -370,11 +389,11 @@ def fast_em(
     --------
     >>> run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02)  # doctest: +SKIP
     """
-    kernel0 = _start(y, kernel_size, kernel0, noise_std)
+    kernel0 = _start(y, kernel_size, kernel0, noise_std, boundary)
     e_step = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     guidance = EM(e_step, noise_std, samples, regularizer, fit_below)
     priors = {"image": image_prior, "kernel": _KernelEstimate(kernel0, image_prior.schedule)}
-    return sample(y, Blur(), priors, steps=steps, samples=samples, guidance=guidance, **options)
+    return sample(y, Blur(boundary), priors, steps=steps, samples=samples, guidance=guidance, **options)
 
 
 def diffusion_em(
@@ -389,6 +408,7 @@ def diffusion_em(
     samples: int = 1,
     regularizer: Regularizer | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
+    boundary: str = "circular",
     **options: object,
 ) -> Result:
     """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287).
@@ -396,16 +416,16 @@ def diffusion_em(
     Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
     last round's.
     """
-    kernel = _start(y, kernel_size, kernel0, noise_std)
+    kernel = _start(y, kernel_size, kernel0, noise_std, boundary)
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     guidance = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     seconds = 0.0
     for _ in range(rounds):
-        operator = partial(Blur(), kernel=kernel.expand(len(y), -1, -1, -1))
+        operator = partial(Blur(boundary), kernel=kernel.expand(len(y), -1, -1, -1))
         run = sample(y, operator, {"image": image_prior}, steps=steps, samples=samples, guidance=guidance, **options)
         seconds += run.seconds
-        kernel = centred(fit_kernel(y, run.posterior("image"), noise_std, kernel, regularizer))
+        kernel = centred(fit_kernel(y, run.posterior("image"), noise_std, kernel, regularizer, boundary=boundary))
     latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
     return replace(run, latents=latents, evaluations=rounds * steps, seconds=seconds)
 
@@ -427,12 +447,14 @@ def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     raise ValueError(f"backbone: expected 'pigdm' or 'dps', got {name!r}")
 
 
-def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float) -> Tensor:
+def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, boundary: str) -> Tensor:
     """The kernel to start from, on y's device."""
+    if boundary not in EM_BOUNDARIES:
+        raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
     if size < 1 or size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:
-        _, kernel0 = l0_pyramid(y, size, noise_std)
+        _, kernel0 = l0_pyramid(y, size, noise_std, periodic=boundary == "circular")
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
         raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
     return kernel0.to(y).expand(len(y), -1, -1, -1)

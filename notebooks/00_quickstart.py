@@ -45,7 +45,7 @@ from skimage import data
 from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
 from blindlib.deblur import read_image, resize
 
-side, steps, starts = {"ci": (64, 10, 1), "cpu": (128, 60, 2), "gpu": (256, 90, 4)}[preset]
+side, steps, starts = {"ci": (64, 10, 1), "cpu": (128, 60, 1), "gpu": (256, 90, 4)}[preset]
 
 # %% [markdown]
 # ## The photograph
@@ -70,13 +70,14 @@ _ = display.show({"the photograph": blurred}, size=3)
 # %% [markdown]
 # ## Sharp
 #
-# One call. It guesses a few kernels by a classical method, adds a little noise to the best, and lets image and kernel
-# run down together from there, each denoised by its own prior and both pulled towards explaining the photograph
-# (*parallel diffusion*, BlindDPS). Then it restores the whole picture with the kernel that it found.
+# One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
+# by diffusion (*Fast Diffusion EM*). To the best it adds a little noise and lets image and kernel run down together,
+# each denoised by its own prior and both pulled towards explaining the photograph (*parallel diffusion*, BlindDPS).
+# Then it restores the whole picture with the kernel that it found, as the mean of four draws.
 
 # %%
 if preset != "ci":
-    print("a minute or two on two CPU cores, seconds on a GPU")
+    print("two to four minutes on two CPU cores, seconds on a GPU")
 result = deblur(blurred, steps=steps, starts=starts, seed=seed, device=device)
 
 # %%
@@ -118,5 +119,5 @@ _ = display.record("00_quickstart", preset=preset, seed=seed, **figures)
 #   a subject that moves as a whole, defocus.
 # - **Another draw**: change `seed`. The answer is a *sample* of what the photograph allows; where samples differ, the
 #   photograph does not say. `deblur(..., samples=4)` draws several and puts the one that explains it best first.
-# - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` finds the
-#   kernel too.
+# - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` and
+#   `05_fast_diffusion_em` find the kernel too.

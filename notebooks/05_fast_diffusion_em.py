@@ -553,8 +553,9 @@ for (start, level), likeness in by_noise.items():
 # eye it is a plausible, blurred picture; nothing in the result says that it is wrong. That much noise leaves only the
 # low frequencies above it, where the blur has done little: what told "no blur" from the truth is gone.
 #
-# Other limits: the blur is circular here, which a photograph's is not (`deblur` takes care of boundaries, with the
-# parallel sampler); one kernel for all pixels; and one kernel as an answer, with no measure of its doubt.
+# Other limits: the blur is circular here, which a photograph's is not (`fast_em(..., boundary="valid")` fills in what
+# the sensor did not see, and is how `deblur` finds a kernel); one kernel for all pixels; and one kernel as an answer,
+# with no measure of its doubt.
 
 # %%
 _ = display.record(

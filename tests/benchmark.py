@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from torch import Tensor
 from blindlib import (
     DPS,
     Blur,
-    DiffPIR,
     PiGDM,
     Result,
     as_published,
@@ -38,10 +36,11 @@ from blindlib import (
     motion_kernels,
     sample,
 )
-from blindlib.deblur import find_kernels, read_image, resize
+from blindlib.deblur import EM_STEPS, GUESSES, find_kernels, read_image, resize, restore
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT = 32, 4
+RESTORE = 80  # network evaluations of `restore`: 20 steps of four samples
 OURS = DPS()
 
 
@@ -67,22 +66,21 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     def blind(steps: int, guidance: DPS = OURS) -> Callable[[], Result]:
         return partial(sample, y, Blur(), priors, steps=steps, guidance=guidance.respaced(steps, side))
 
-    def with_kernel(kernel: Tensor, rest: float) -> Result:
-        """``y`` restored with a kernel that was found; what that cannot explain is noise to the restoration."""
-        guidance = DiffPIR(noise_std=max(noise_std, rest))
-        run = sample(y, partial(Blur(), kernel=kernel), only, steps=100, guidance=guidance)
-        return replace(run, latents={"image": run.image, "kernel": kernel})
+    def with_kernel(kernel: Tensor, noise: float, evaluations: int = 0) -> Result:
+        """``y`` restored as ``deblur`` does; what a kernel that was found cannot explain is noise to it."""
+        latents = {"image": restore(y, kernel, image, Blur(), noise), "kernel": kernel}
+        return Result(latents, 1, torch.zeros(1), evaluations + RESTORE, 0.0, {})
 
     def as_deblur() -> Result:
         kernels, rest = find_kernels(y, priors, Blur(), noise_std)
-        # Of the image's net: 20 for each of 5 guesses and 2 kernels, 60 for each of 2 runs, 100 for the last.
-        return replace(with_kernel(kernels[:1], float(rest[0])), evaluations=20 * 7 + 60 * 2 + 100)
+        evaluations = len(GUESSES) * EM_STEPS + 60 + 2 * 20  # the last to choose
+        return with_kernel(kernels, max(noise_std, 1.5 * float(rest)), evaluations)
 
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
-        "kernel known, DiffPIR": partial(sample, y, known, only, steps=100, guidance=DiffPIR(noise_std)),
+        "kernel known, DiffPIR": partial(with_kernel, k, noise_std),
+        "as deblur: l0_pyramid, FastEM, parallel": as_deblur,
         "l0_pyramid, then DiffPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
-        "as deblur: from l0_pyramid, parallel": as_deblur,
         "kernel known, PiGDM": partial(sample, y, known, only, steps=100, guidance=PiGDM(noise_std)),
         "FastEM-PiGDM, n = 1": partial(fast, steps=100),
         "FastEM-PiGDM, n = 1, from a delta": partial(fast, steps=100, **as_published(WINDOW)),
