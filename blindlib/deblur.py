@@ -23,10 +23,12 @@ from blindlib.operators import BOUNDARIES, Blur
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, sample
 
-# Strength and ridge of the guesses that EM starts from (no one setting suits all pictures), its steps, and the time at
-# which the parallel diffusion starts from what EM has found: its noise hides what is fine only.
+# Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
+# which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
 GUESSES = ((0.2, 500), (0.4, 500), (0.1, 2000))
+HANDICAP = 1.03
 EM_STEPS = 30
+# When the parallel diffusion starts from what EM has found: the noise of this time hides what is fine only.
 START_TIME = 120
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
@@ -267,8 +269,8 @@ def find_kernels(
 
     A run from pure noise spends most of its steps on coarse matters, and its noise decides which kernel it ends at.
     :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
-    :func:`~blindlib.em.fast_em` comes to nearly the same kernel; where it does not, its residual tells. The diffusion
-    of image and kernel then starts from the best with little noise, and :func:`unexplained` whether it made it better.
+    :func:`~blindlib.em.fast_em` comes to nearly the same kernel; where it does not, :func:`unexplained` tells which is
+    right. From the best the diffusion of image and kernel starts, with little noise. What it finds has to be better.
 
     Parameters
     ----------
@@ -294,11 +296,14 @@ def find_kernels(
         inner = slice(window - 1 - window // 2, -(window // 2))
         y, blur = y[..., inner, inner], Blur("valid")
     pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
-    guesses = torch.cat([pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES])
+    guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
+    guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     em = dict(kernel_size=window, noise_std=noise_std, steps=EM_STEPS, kernel0=guesses, boundary=blur.boundary)
     common = dict(seed=seed, progress=progress)
     run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, **common)
-    best = run.residual.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
+    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
+    rest[-1] *= HANDICAP
+    best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
 
     found = run.kernel[best]
     start = {"image": run.image[best], "kernel": kernel_to_latent(found)}

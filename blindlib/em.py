@@ -2,7 +2,7 @@
 
 The E-step draws images given the kernel, the M-step (:func:`fit_kernel`) fits the kernel to them. :func:`diffusion_em`
 alternates whole runs with M-steps; :func:`fast_em` makes one run, with an M-step at each of its steps. Both are
-:func:`~blindlib.sampler.sample` with a guidance of their own. All blurs are circular: the M-step is solved by FFT.
+:func:`~blindlib.sampler.sample` with a guidance of their own.
 
 The regulariser decides: with a kernel denoiser EM finds the kernel, without one it is lost. It starts by default from
 :func:`~blindlib.baselines.l0_pyramid` and fits no kernel before images have edges, which is a little better than the

@@ -73,7 +73,8 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
 
     def as_deblur() -> Result:
         kernels, rest = find_kernels(y, priors, Blur(), noise_std)
-        evaluations = len(GUESSES) * EM_STEPS + 60 + 2 * 20  # the last to choose
+        runs = len(GUESSES) + 1
+        evaluations = runs * (EM_STEPS + 20) + 60 + 2 * 20  # 20 for each kernel of EM or the diffusion, to choose
         return with_kernel(kernels, max(noise_std, 1.5 * float(rest)), evaluations)
 
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
