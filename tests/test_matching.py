@@ -8,6 +8,7 @@ from PIL import Image
 
 from blindlib import (
     Blur,
+    Moments,
     dead_leaves,
     deblur,
     fit_flow,
@@ -176,6 +177,34 @@ def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
     assert mnc(turned, other) > max(0.8, float(mnc(turned, k)) + 0.05)
 
 
+# ------------------------------------------------------------------------------------------------------ moments
+
+
+def test_moments_are_within_their_error_bars_for_the_truth_alone(sets):
+    """The deviation is a chi-square a degree of freedom; only the higher ones see which way round a kernel is."""
+    clean, degraded, k = sets
+    moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
+    right, turned, flat = (moments(one) for one in (k, k.flip(-2, -1), FLAT))
+    assert ((right > 0.5) & (right < 1.4)).all(), right
+    assert flat.min() > 3
+    assert turned[0] == pytest.approx(float(right[0]), rel=0.1) and turned[1:].min() > right[1:].max() + 0.15
+
+
+def test_the_deviation_grows_with_the_number_of_images_if_and_only_if_the_kernel_is_wrong(sets):
+    clean, degraded, k = sets
+    few, all = (Moments(clean[:n], degraded[: 4 * n], noise_std=0.02, kernel_size=7) for n in (10, 37))
+    assert (all(FLAT) > 1.5 * few(FLAT)).all() and (all(k) < 1.4).all() and (few(k) < 1.4).all()
+
+
+def test_fitted_moments_are_a_better_start_than_the_spectrum_and_centred(sets):
+    clean, degraded, k = sets
+    start = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
+    moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
+    found = moments.fit(start, steps=40, learning_rate=4e-3)
+    assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5) and off_centre(found) < 0.01
+    assert moments(found).max() < 1.2 and mnc(found, k) > max(0.95, float(mnc(start, k)) + 0.02)
+
+
 # ------------------------------------------------------------------------------------------------ the whole thing
 
 
@@ -200,6 +229,15 @@ def test_it_learns_a_kernel_from_unpaired_images(sets):
     assert mnc(found.kernel, k) > mnc(FLAT, k) + 0.15
     assert found.history["mnc"][-1] == pytest.approx(float(mnc(found.kernel, k)), abs=1e-5)
     assert found.history["step"][-1] == 120 and found.history["kernel"].shape[1:] == (1, 7, 7)
+
+
+def test_networks_that_lead_astray_are_not_followed(sets):
+    """Untrained ones at a wild rate; moments notice it without the truth."""
+    clean, degraded, k = sets
+    flow = fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
+    found = tiny(clean, degraded, flow=flow, start=k, steps=30, learning_rate=0.05, flow_rate=0.05)
+    assert found.deviation[1].max() > 2 > found.deviation[0].max()
+    assert torch.equal(found.kernel, k) and not torch.equal(found.history["kernel"][-1], k[0])
 
 
 tiny = partial(learn_operator, noise_std=0.02, kernel_size=7, patch=8, steps=6, batch=4, start=FLAT)
