@@ -15,7 +15,15 @@ from blindlib.em import (
     load_kernel_denoiser,
     prior_denoiser,
 )
-from blindlib.matching import Learned, fit_flow, learn_operator, load_operator, retrieved_kernel, spectrum_kernel
+from blindlib.matching import (
+    Learned,
+    Moments,
+    fit_flow,
+    learn_operator,
+    load_operator,
+    retrieved_kernel,
+    spectrum_kernel,
+)
 from blindlib.metrics import mnc, psnr, tilt_error
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
@@ -58,6 +66,7 @@ __all__ = [
     "GaussianPrior",
     "KernelDenoiser",
     "Learned",
+    "Moments",
     "NoiseSchedule",
     "PiGDM",
     "PlugAndPlay",

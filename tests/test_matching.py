@@ -8,6 +8,8 @@ from PIL import Image
 
 from blindlib import (
     Blur,
+    Downsample,
+    Moments,
     dead_leaves,
     deblur,
     fit_flow,
@@ -21,6 +23,7 @@ from blindlib import (
 from blindlib.__main__ import main
 from blindlib.deblur import read_image, write_image
 from blindlib.matching import (
+    Learned,
     between,
     flow_loss,
     off_centre,
@@ -176,6 +179,56 @@ def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
     assert mnc(turned, other) > max(0.8, float(mnc(turned, k)) + 0.05)
 
 
+# ------------------------------------------------------------------------------------------------------ moments
+
+
+def test_moments_are_within_their_error_bars_for_the_truth_alone(sets):
+    """The deviation is a chi-square a degree of freedom; only the higher ones see which way round a kernel is."""
+    clean, degraded, k = sets
+    moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
+    right, turned, flat = (moments(one) for one in (k, k.flip(-2, -1), FLAT))
+    assert ((right > 0.5) & (right < 1.4)).all(), right
+    assert flat.min() > 3
+    assert turned[0] == pytest.approx(float(right[0]), rel=0.1) and turned[1:].min() > right[1:].max() + 0.15
+
+
+def test_the_deviation_grows_with_the_number_of_images_if_and_only_if_the_kernel_is_wrong(sets):
+    clean, degraded, k = sets
+    few, all = (Moments(clean[:n], degraded[: 4 * n], noise_std=0.02, kernel_size=7) for n in (10, 37))
+    assert (all(FLAT) > 1.5 * few(FLAT)).all() and (all(k) < 1.4).all() and (few(k) < 1.4).all()
+
+
+def test_fitted_moments_are_a_better_start_than_the_spectrum_and_centred(sets):
+    clean, degraded, k = sets
+    start = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
+    moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
+    found = moments.fit(start, steps=40, learning_rate=4e-3)
+    assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5) and off_centre(found) < 0.01
+    assert moments(found).max() < 1.2 and mnc(found, k) > max(0.95, float(mnc(start, k)) + 0.02)
+
+
+def test_a_noise_level_that_is_not_known_is_found(sets):
+    clean, degraded, k = sets
+    moments = Moments(clean, degraded, noise_std=None, kernel_size=7)
+    start = retrieved_kernel(clean, degraded, noise_std=0.0, kernel_size=7)
+    found = moments.fit(start, steps=60, learning_rate=4e-3)
+    assert mnc(found, k) > max(0.88, float(mnc(start, k)) + 0.1) and float(moments.noise_std) == pytest.approx(
+        0.02, rel=0.15
+    )
+
+
+def test_the_blur_before_a_lower_resolution(sets):
+    """From high-resolution scenes and low-resolution ones of other scenes; the kernel is finer than the pixels."""
+    k, double = sets[2], Downsample(2)
+    y = double(dead_leaves(150, 70, seed=1), k)
+    y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    moments = Moments(dead_leaves(60, 70, seed=3), y, double, noise_std=0.01, kernel_size=7)
+    blot = matching._blot(7)
+    found = moments.fit(blot, steps=60, learning_rate=4e-3)
+    assert mnc(found, k) > max(0.87, float(mnc(blot, k)) + 0.06)
+    assert moments(found).max() < 1.3 and moments(k).max() < 1.3 and moments(blot).min() > 3
+
+
 # ------------------------------------------------------------------------------------------------ the whole thing
 
 
@@ -202,7 +255,25 @@ def test_it_learns_a_kernel_from_unpaired_images(sets):
     assert found.history["step"][-1] == 120 and found.history["kernel"].shape[1:] == (1, 7, 7)
 
 
+def test_networks_that_lead_astray_are_not_followed(sets):
+    """Untrained ones at a wild rate; moments notice it without the truth."""
+    clean, degraded, k = sets
+    flow = fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
+    found = tiny(clean, degraded, flow=flow, start=k, steps=30, learning_rate=0.05, flow_rate=0.05)
+    assert found.deviation[1].max() > 2 > found.deviation[0].max()
+    assert torch.equal(found.kernel, k) and not torch.equal(found.history["kernel"][-1], k[0])
+
+
 tiny = partial(learn_operator, noise_std=0.02, kernel_size=7, patch=8, steps=6, batch=4, start=FLAT)
+
+
+def test_it_learns_below_the_resolution_and_the_noise_too(sets):
+    clean, k = sets[0], sets[2]
+    degraded = Downsample(2)(dead_leaves(60, 46, seed=1), k)
+    flow = fit_flow(degraded, patch=8, steps=2, batch=4, net=TINY)
+    found = tiny(clean, degraded, Downsample(2), flow=flow, start=None, noise_std=None)
+    assert found.kernel.shape == (1, 1, 7, 7) and repr(found.operator) == repr(Downsample(2))
+    assert 0 < found.noise_std < 0.02, "of measurements without noise, from a start at 0.02"
 
 
 def test_the_seed_decides(sets):
@@ -283,7 +354,14 @@ def test_images_of_any_size(sets):
         (dict(noise_std=math.nan), ValueError, "noise_std"),
         (dict(centre=0), ValueError, "centre, compact"),
         (dict(operator=Blur("circular")), ValueError, "operator: expected the boundary 'valid', got 'circular'"),
-        (dict(operator=print), TypeError, "operator: expected a Blur, got builtin"),
+        (dict(operator=Downsample(2, "zero")), ValueError, "operator: expected the boundary 'valid', got 'zero'"),
+        (
+            dict(operator=Downsample(2), clean=torch.zeros(2, 3, 20, 40)),
+            ValueError,
+            "clean: image 0 has 40x20 pixels, 22x22",
+        ),
+        (dict(noise_std=None), ValueError, "noise_std: has to be given with a start"),
+        (dict(operator=print), TypeError, "operator: expected a Blur or a Downsample, got built"),
         (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
     ],
 )
@@ -381,10 +459,13 @@ def test_what_is_no_operator(tmp_path, capsys):
     common = ["deblur", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), "--operator"]
     (tmp_path / "half.safetensors").write_bytes(b"half")
     prior = str(WEIGHTS / "kernel.safetensors")
+    coarse = Learned(FLAT, Downsample(2), 0.0, None, {}, torch.zeros(2, 3), 0.0)
+    coarse.save(tmp_path / "coarse.safetensors")
     for path, message in (
+        (str(tmp_path / "coarse.safetensors"), "holds no blur"),
         (str(tmp_path / "no.safetensors"), "operator: no file"),
         (str(tmp_path / "half.safetensors"), "cannot be read as a checkpoint"),
-        (prior, "holds no operator"),
+        (prior, "holds no blur"),
     ):
         assert main([*common, path]) == 2
         assert message in capsys.readouterr().err
