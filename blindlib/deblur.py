@@ -305,8 +305,8 @@ def find_kernels(
     rest[-1] *= HANDICAP
     best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
 
-    found = run.kernel[best]
-    start = {"image": run.image[best], "kernel": kernel_to_latent(found)}
+    found = run.kernel[best[: len(guesses)]]
+    start = {"image": run.image[best], "kernel": kernel_to_latent(run.kernel[best])}
     # Steps as long as in a run of 300, which has about as many at these times.
     guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
     common["seed"] = [seed + i for i in range(starts)]
