@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.em import EM_BOUNDARIES, fast_em
 from blindlib.metrics import mnc, recentred
-from blindlib.operators import BOUNDARIES, Blur
+from blindlib.operators import BOUNDARIES, Blur, seen
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
-from blindlib.sampler import DPS, DiffPIR, sample
+from blindlib.sampler import DPS, DiffPIR, bar, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -237,19 +236,16 @@ def restore(
     spans = [_spans(side, tile, k) for side in y.shape[-2:]]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
     out, weight = torch.zeros_like(y), torch.zeros_like(y[:, :1])
-    for (top, bottom), (left, right) in tqdm(
-        pieces, "restoring", unit="piece", disable=not progress or len(pieces) == 1
-    ):
+    for (top, bottom), (left, right) in bar(pieces, "restoring", progress and len(pieces) > 1, unit="piece"):
         part = y[..., top:bottom, left:right]
         # A border of zeros on the kernel makes the scene a little larger, up to a size that the prior takes.
         grow = [-(side + k - 1) % prior.stride for side in part.shape[-2:]]
         before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
         grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
         scene = mean(part, grown)
-        first = [(k + g) - 1 - (k + g) // 2 for g in grow]
-        seen = scene[..., first[0] : first[0] + bottom - top, first[1] : first[1] + right - left]
+        inner = scene[..., *seen(scene.shape[-2:], grown.shape[-2:])]
         ramp = _ramp(bottom - top, k, y)[:, None] * _ramp(right - left, k, y)
-        out[..., top:bottom, left:right] += ramp * seen
+        out[..., top:bottom, left:right] += ramp * inner
         weight[..., top:bottom, left:right] += ramp
     return out / weight
 
@@ -293,27 +289,27 @@ def find_kernels(
     """
     window = priors["kernel"].shape[1]
     if blur.boundary not in EM_BOUNDARIES:  # what is far enough from the edges is as if the sensor saw no more
-        inner = slice(window - 1 - window // 2, -(window // 2))
-        y, blur = y[..., inner, inner], Blur("valid")
+        y, blur = y[..., *seen(y.shape[-2:], (window, window))], Blur("valid")
     pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     em = dict(kernel_size=window, noise_std=noise_std, steps=EM_STEPS, kernel0=guesses, boundary=blur.boundary)
     common = dict(seed=seed, progress=progress)
     run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, **common)
-    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
-    rest[-1] *= HANDICAP
-    best = rest.argsort()[torch.arange(starts, device=y.device) % len(guesses)]
+    found = recentred(run.kernel)
+    rest, _ = unexplained(y, found, priors["image"], blur, noise_std)
+    order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
+    best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
-    found = run.kernel[best[: len(guesses)]]
     start = {"image": run.image[best], "kernel": kernel_to_latent(run.kernel[best])}
     # Steps as long as in a run of 300, which has about as many at these times.
     guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
     common["seed"] = [seed + i for i in range(starts)]
     options = dict(steps=steps, guidance=guidance, start=start, start_time=START_TIME, **common)
     run = sample(y.expand(starts, -1, -1, -1), blur, priors, **options)
-    kernels = torch.cat([recentred(_cleaned(run.kernel)), recentred(found)])
-    rest, _ = unexplained(y, kernels, priors["image"], blur, noise_std)
+    refined = recentred(_cleaned(run.kernel))
+    kernels = torch.cat([refined, found[order[:starts]]])
+    rest = torch.cat([unexplained(y, refined, priors["image"], blur, noise_std)[0], rest[order[:starts]]])
     order = rest.argsort()[:starts]
     return kernels[order], rest[order]
 
@@ -461,12 +457,9 @@ def _cleaned(kernel: Tensor) -> Tensor:
 
 def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:
     """Root mean square residual where the restored picture reaches."""
-    again = blur(image, kernel)
-    cut = [(a - b) for a, b in zip(y.shape[-2:], again.shape[-2:], strict=True)]
-    k = kernel.shape[-1]
-    first = [k - 1 - k // 2 if c else 0 for c in cut]
-    seen = y[..., first[0] : first[0] + again.shape[-2], first[1] : first[1] + again.shape[-1]]
-    return (seen - again).square().mean().sqrt()
+    if blur.boundary == "valid":
+        y = y[..., *seen(y.shape[-2:], kernel.shape[-2:])]
+    return (y - blur(image, kernel)).square().mean().sqrt()
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.operators import Blur, otf, windowed
+from blindlib.operators import Blur, otf, seen, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, Latents, PiGDM, Result, sample
 from blindlib.schedule import NoiseSchedule
@@ -218,12 +218,11 @@ def fit_kernel(
         If shapes do not fit, or a number is not positive.
     """
     x = x_samples.unsqueeze(1) if x_samples.ndim == 4 else x_samples
-    if boundary not in EM_BOUNDARIES:
-        raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
+    _check_boundary(boundary)
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1] != 1:
         raise ValueError(f"kernel0: expected shape (B or 1, 1, K, L), got {tuple(kernel0.shape)}")
-    window, more = tuple(kernel0.shape[-2:]), 1 if boundary == "valid" else 0
-    scene = tuple(side + more * (k - 1) for side, k in zip(y.shape[-2:], window, strict=True))
+    window = tuple(kernel0.shape[-2:])
+    scene = Blur(boundary).sizes(tuple(y.shape[-2:]), window)["image"]
     if y.ndim != 4 or x.ndim != 5 or x.shape[:1] + x.shape[2:] != y.shape[:2] + scene:
         raise ValueError(
             f"x_samples: expected shape (B, n, C, H, W) with {(*y.shape[:2], *scene)} for y's {tuple(y.shape)} "
@@ -238,15 +237,18 @@ def fit_kernel(
     spectrum = torch.fft.rfft2(x)
     bottom = spectrum.abs().square().sum(1)
     weight = noise_std**2 * beta
-    z, whole = kernel0.expand(len(y), -1, -1, -1), y[:, None]
-    # Of a convolution, the pixels whose whole neighbourhood lies inside.
-    seen = tuple(slice(k - 1 - k // 2, k - 1 - k // 2 + side) for k, side in zip(window, y.shape[-2:], strict=True))
+    z = kernel0.expand(len(y), -1, -1, -1)
+
+    def correlation(whole: Tensor) -> Tensor:
+        return (spectrum.conj() * torch.fft.rfft2(whole)).sum(1)
+
+    top = correlation(y[:, None]) if boundary == "circular" else None
     for _ in range(iterations):
         h = otf(z, scene)
         if boundary == "valid":
             whole = torch.fft.irfft2(spectrum * h[:, None], s=scene)
-            whole[..., *seen] = y[:, None]
-        top = (spectrum.conj() * torch.fft.rfft2(whole)).sum(1)
+            whole[..., *seen(scene, window)] = y[:, None]
+            top = correlation(whole)
         solved = ((top + weight * h) / (bottom + weight)).mean(1, keepdim=True)
         z = _simplex(windowed(torch.fft.irfft2(solved, s=scene), window))
         if regularizer is not None:
@@ -447,10 +449,14 @@ def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     raise ValueError(f"backbone: expected 'pigdm' or 'dps', got {name!r}")
 
 
-def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, boundary: str) -> Tensor:
-    """The kernel to start from, on y's device."""
+def _check_boundary(boundary: str) -> None:
     if boundary not in EM_BOUNDARIES:
         raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
+
+
+def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, boundary: str) -> Tensor:
+    """The kernel to start from, on y's device."""
+    _check_boundary(boundary)
     if size < 1 or size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,11 +20,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
+from blindlib.baselines import differences
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, Downsample, otf, warp
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
+from blindlib.sampler import bar
+from blindlib.simulate import gaussian_kernels
 from blindlib.train import moving_average, save_whole
 from blindlib.unet import UNet
 
@@ -544,9 +545,7 @@ class Moments:
         i = torch.arange(side, device=y.device) + 0.5
         taper = torch.sin((i.minimum(side - i) * 8 / side).clamp(max=1) * math.pi / 2).square()
         taper = taper[:, None] * taper
-        f = torch.fft.fftfreq(side, device=y.device)
-        slopes = torch.stack(torch.meshgrid(f, f[: side // 2 + 1], indexing="ij"))
-        slopes = torch.polar(torch.ones_like(slopes), 2 * math.pi * slopes) - 1
+        slopes = differences((side, side), y)[:, 0, 0]
         d = torch.fft.rfft2(standard(y) * taper)[:, :, None] * slopes  # (N, C, 2, S, S // 2 + 1)
         power = d.abs().square().sum((1, 2))
         mean = power.mean(0) + 1e-9
@@ -568,8 +567,7 @@ class Moments:
 
 def _blot(kernel_size: int) -> Tensor:
     """A Gaussian (1, 1, K, K), as broad as a kernel that one knows nothing about."""
-    bell = torch.exp(-((torch.arange(kernel_size) - kernel_size // 2) ** 2) / (2 * (kernel_size / 8) ** 2))
-    return (bell[:, None] * bell / bell.sum() ** 2)[None, None]
+    return gaussian_kernels(1, kernel_size, std=(kernel_size / 8, kernel_size / 8), seed=0)
 
 
 def _tiles(images: list[Tensor], side: int, most: int, g: torch.Generator) -> Tensor:
@@ -664,9 +662,7 @@ class _Run:
     def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
         """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
         saved = time.monotonic()
-        seldom = 0.2 if sys.stderr.isatty() else 5  # lines in a log or a saved notebook are for ever
-        bar = dict(desc=title, initial=self.done, total=steps, disable=not progress, mininterval=seldom)
-        self.bar = trange(self.done, steps, **bar)
+        self.bar = bar(range(self.done, steps), title, progress, initial=self.done, total=steps)
         for step in self.bar:
             began = time.monotonic()
             yield step

@@ -385,6 +385,11 @@ def windowed(kernel: Tensor, window: tuple[int, int]) -> Tensor:
     return kernel.roll((k // 2, l // 2), (-2, -1))[..., :k, :l]
 
 
+def seen(size: tuple[int, int], window: tuple[int, int]) -> tuple[slice, slice]:
+    """Where in a scene of ``size`` the pixels lie that come out of a "valid" blur with a kernel of size ``window``."""
+    return tuple(slice(k - 1 - k // 2, n - k // 2) for n, k in zip(size, window, strict=True))
+
+
 def convolve_fft(image: Tensor, kernel: Tensor) -> Tensor:
     """Valid convolution by FFT; shapes as for :class:`Blur`."""
     h, w = image.shape[-2:]

@@ -12,7 +12,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -435,7 +435,7 @@ def sample(
     kept: dict[str, list[Tensor]] = {name: [] for name in ("t", "residual", *priors)}
     pixels = math.sqrt(y[0].numel())
     started = time.perf_counter()
-    for i, (t, t_prev) in enumerate(_bar(list(zip(times, [*times[1:], -1], strict=True)), progress)):
+    for i, (t, t_prev) in enumerate(bar(list(zip(times, [*times[1:], -1], strict=True)), "sampling", progress)):
         noise = {name: draws(*shapes[name]) for name in priors}
         with torch.no_grad():
             x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
@@ -579,6 +579,7 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
     return shapes
 
 
-def _bar(items: list, progress: bool) -> Iterable:
-    # Lines in a log or a saved notebook are for ever: there, few.
-    return tqdm(items, "sampling", unit="step", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 5)
+def bar(items: Collection, title: str, progress: bool, *, unit: str = "step", **options: object) -> tqdm:
+    """``items`` with a progress bar; lines in a log or a saved notebook are for ever, so there it is seldom drawn."""
+    seldom = 0.2 if sys.stderr.isatty() else 5
+    return tqdm(items, title, unit=unit, disable=not progress, mininterval=seldom, **options)

@@ -337,9 +337,7 @@ print(f"so the {kept} counts")
 # the paper, which gives them GPUs and hours.
 
 # %%
-offset = torch.arange(window, device=device) - window // 2
-bell = torch.exp(-(offset**2) / (2 * (window / 5) ** 2))
-blot = (bell[:, None] * bell / bell.sum() ** 2)[None, None]
+blot = gaussian_kernels(1, window, std=(window / 5, window / 5), seed=0).to(device)
 from_blot = learn_operator(
     clean, degraded, blur, **common, start=blot, steps=sizes["few"], batch=sizes["batch"], learning_rate=4e-3,
     truth=kernel, progress=True,

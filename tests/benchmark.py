@@ -28,6 +28,7 @@ from blindlib import (
     Result,
     as_published,
     dead_leaves,
+    deblur,
     diffusion_em,
     fast_em,
     l0_pyramid,
@@ -36,7 +37,7 @@ from blindlib import (
     motion_kernels,
     sample,
 )
-from blindlib.deblur import EM_STEPS, GUESSES, find_kernels, read_image, resize, restore
+from blindlib.deblur import EM_STEPS, GUESSES, read_image, resize, restore
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT = 32, 4
@@ -66,16 +67,17 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     def blind(steps: int, guidance: DPS = OURS) -> Callable[[], Result]:
         return partial(sample, y, Blur(), priors, steps=steps, guidance=guidance.respaced(steps, side))
 
-    def with_kernel(kernel: Tensor, noise: float, evaluations: int = 0) -> Result:
+    def with_kernel(kernel: Tensor, noise: float) -> Result:
         """``y`` restored as ``deblur`` does; what a kernel that was found cannot explain is noise to it."""
         latents = {"image": restore(y, kernel, image, Blur(), noise), "kernel": kernel}
-        return Result(latents, 1, torch.zeros(1), evaluations + RESTORE, 0.0, {})
+        return Result(latents, 1, torch.zeros(1), RESTORE, 0.0, {})
 
     def as_deblur() -> Result:
-        kernels, rest = find_kernels(y, priors, Blur(), noise_std)
-        runs = len(GUESSES) + 1
-        evaluations = runs * (EM_STEPS + 20) + 60 + 2 * 20  # 20 for each kernel of EM or the diffusion, to choose
-        return with_kernel(kernels, max(noise_std, 1.5 * float(rest)), evaluations)
+        made = deblur(y, boundary="circular", noise_std=noise_std, priors=priors, device=y.device, progress=False)
+        # 20 for each kernel of EM or the diffusion, to choose.
+        evaluations = (len(GUESSES) + 1) * (EM_STEPS + 20) + 60 + 20 + RESTORE
+        latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
+        return Result(latents, 1, torch.zeros(1), evaluations, 0.0, {})
 
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
