@@ -16,6 +16,7 @@ from blindlib.em import (
     prior_denoiser,
 )
 from blindlib.matching import (
+    FieldMoments,
     Learned,
     Moments,
     fit_flow,
@@ -43,9 +44,11 @@ from blindlib.simulate import (
     defocus_kernels,
     gaussian_kernels,
     kolmogorov_tilts,
+    lens_psfs,
     linear_kernels,
     mixed_tilts,
     motion_kernels,
+    shaken_psfs,
     text_images,
     tilt_fields,
 )
@@ -61,6 +64,7 @@ __all__ = [
     "DiffusionPrior",
     "Downsample",
     "EmpiricalPrior",
+    "FieldMoments",
     "Frames",
     "GaussianMixturePrior",
     "GaussianPrior",
@@ -89,6 +93,7 @@ __all__ = [
     "kolmogorov_tilts",
     "l0_pyramid",
     "learn_operator",
+    "lens_psfs",
     "linear_kernels",
     "load_kernel_denoiser",
     "load_operator",
@@ -100,6 +105,7 @@ __all__ = [
     "psnr",
     "retrieved_kernel",
     "sample",
+    "shaken_psfs",
     "spectrum_kernel",
     "text_images",
     "tilt_error",

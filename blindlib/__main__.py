@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from blindlib.deblur import check_output, deblur, estimate_noise, read_image, write_image
 from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
+from blindlib.operators import SpaceVaryingBlur
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--out", type=Path, required=True, help="the operator, a .safetensors file for deblur --operator")
     q.add_argument("--kernel-out", type=Path, help="write the kernel as a picture too")
     q.add_argument("--kernel-size", type=int, default=17, help="side of the kernel's window (default: %(default)s)")
+    q.add_argument(
+        "--grid",
+        type=_grid,
+        metavar="ROWSxCOLUMNS",
+        help="of PSFs, for a blur that changes over the field; degraded photographs are then of one size, used whole",
+    )
     q.add_argument("--noise-std", type=float, help="of the degraded photographs, averaged to grey (default: estimated)")
     q.add_argument("--flow-steps", type=int, help="of flow matching (default: as blindlib.fit_flow)")
     q.add_argument("--steps", type=int, help="of the operator (default: as blindlib.learn_operator)")
@@ -105,9 +113,15 @@ def _learn_operator(a: argparse.Namespace) -> str:
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
     clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, seed=a.seed, say=say)
+    crop = a.crop if a.grid is None else sys.maxsize
     degraded = read_folder(
-        a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=a.crop, seed=a.seed, say=say
+        a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, seed=a.seed, say=say
     )
+    if a.grid is not None:
+        ((size, count),) = Counter(y.shape for y in degraded).most_common(1)
+        if count < len(degraded):
+            say(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
+        degraded = [y for y in degraded if y.shape == size]
     noise_std = a.noise_std
     if noise_std is None:
         noise_std = float(torch.tensor([estimate_noise(y[None]) for y in degraded]).median())
@@ -116,10 +130,10 @@ def _learn_operator(a: argparse.Namespace) -> str:
     common = dict(patch=patch, seed=a.seed, folder=folder, device=a.device, progress=not a.quiet)
     common |= _given(a, "batch")
     flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
-    flow = fit_flow(degraded, **common, **flow_steps)
-    found = learn_operator(
-        clean, degraded, noise_std=noise_std, kernel_size=a.kernel_size, flow=flow, **common, **_given(a, "steps")
-    )
+    flow = fit_flow(degraded, positions=a.grid is not None, **common, **flow_steps)
+    varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
+    common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
+    found = learn_operator(clean, degraded, **common, **_given(a, "steps"))
     found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
     if a.kernel_out is not None:
         _write_kernel(found.kernel, a.kernel_out)
@@ -156,7 +170,14 @@ def read_folder(
     return images
 
 
+def _grid(text: str) -> tuple[int, int]:
+    rows, columns = (int(n) for n in text.split("x"))
+    return rows, columns
+
+
 def _write_kernel(kernel: Tensor, path: Path) -> None:
+    if kernel.ndim == 6:  # PSFs side by side, as in the field
+        kernel = kernel.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     write_image(2 * kernel / kernel.max() - 1, path)
 
 

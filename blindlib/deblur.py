@@ -18,7 +18,7 @@ from torch import Tensor
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.em import EM_BOUNDARIES, fast_em
 from blindlib.metrics import mnc, recentred
-from blindlib.operators import BOUNDARIES, Blur, seen
+from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DPS, DiffPIR, bar, sample
 
@@ -100,7 +100,7 @@ def deblur(
         are (H, W) or (H, W, C), of bytes, 16-bit integers or floats in [0, 1]; tensors (3, H, W) or (1, 3, H, W) in
         [-1, 1].
     kernel : Tensor, shape (1, 1, K, K), optional
-        The kernel, if it is known.
+        The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K).
     steps : int
         Of each run of the parallel diffusion.
     starts : int
@@ -146,7 +146,7 @@ def deblur(
     priors = priors or {"image": load_prior(prior), "kernel": load_prior("kernel")}
     for one in priors.values():
         one.to(device)
-    blur = Blur(boundary)
+    blur = Blur(boundary) if kernel is None or kernel.ndim == 4 else SpaceVaryingBlur(boundary)
 
     y = read_image(photo)
     scale = 1.0
@@ -188,7 +188,7 @@ def restore(
     y: Tensor,
     kernel: Tensor,
     prior: DiffusionPrior,
-    blur: Blur,
+    operator: Blur | SpaceVaryingBlur | Downsample,
     noise_std: float,
     *,
     steps: int = 20,
@@ -197,7 +197,7 @@ def restore(
     seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """Undo a blur with a known kernel: the mean of posterior samples by DiffPIR.
+    """Undo a known operator: the mean of posterior samples by DiffPIR.
 
     Of all estimates the posterior's mean has the least squared error; each sample adds details of its own making.
     Large pictures are restored piece by piece.
@@ -205,10 +205,11 @@ def restore(
     Parameters
     ----------
     y : Tensor, shape (1, 3, H, W)
-    kernel : Tensor, shape (1, 1, K, K)
+    kernel : Tensor, shape (1, 1 or 3, K, K)
+        Of a SpaceVaryingBlur its PSFs, (1, rows, columns, 1 or 3, K, K).
     prior : DiffusionPrior
         Of images.
-    blur : Blur
+    operator : Blur, SpaceVaryingBlur or Downsample
         Its boundary decides how the picture's edges are treated. Only ``"valid"`` allows pieces, and sizes that
         are no multiples of the prior's stride.
     noise_std : float
@@ -222,31 +223,35 @@ def restore(
 
     Returns
     -------
-    Tensor, shape (1, 3, H, W)
+    Tensor, shape (1, 3, H, W), with Downsample's factor f (1, 3, f H, f W)
         The scene where ``y`` saw it.
     """
+    varying, factor = isinstance(operator, SpaceVaryingBlur), getattr(operator, "factor", 1)
     options = dict(steps=steps, samples=samples, seed=seed, guidance=DiffPIR(noise_std=noise_std, strength=1.0))
 
-    def mean(part: Tensor, k: Tensor) -> Tensor:
-        return sample(part, partial(blur, kernel=k), {"image": prior}, **options).posterior("image").mean(1)
+    def mean(y: Tensor, k: Tensor, **place: object) -> Tensor:
+        known = partial(operator, **{"psfs" if varying else "kernel": k}, **place)
+        return sample(y, known, {"image": prior}, **options).posterior("image").mean(1)
 
-    if blur.boundary != "valid":
+    if operator.boundary != "valid":
         return mean(y, kernel)
-    k = kernel.shape[-1]
-    spans = [_spans(side, tile, k) for side in y.shape[-2:]]
+    k, sizes = kernel.shape[-1], y.shape[-2:]
+    spans = [_spans(side, tile // factor, k) for side in sizes]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
-    out, weight = torch.zeros_like(y), torch.zeros_like(y[:, :1])
+    out = y.new_zeros(1, 3, *(factor * side for side in sizes))
+    weight = torch.zeros_like(out[:, :1])
     for (top, bottom), (left, right) in bar(pieces, "restoring", progress and len(pieces) > 1, unit="piece"):
-        part = y[..., top:bottom, left:right]
+        piece = y[..., top:bottom, left:right]
         # A border of zeros on the kernel makes the scene a little larger, up to a size that the prior takes.
-        grow = [-(side + k - 1) % prior.stride for side in part.shape[-2:]]
+        grow = [-(factor * side + k - 1) % prior.stride for side in piece.shape[-2:]]
         before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
         grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
-        scene = mean(part, grown)
+        scene = mean(piece, grown, **({"part": (top, left, *sizes)} if varying else {}))
         inner = scene[..., *seen(scene.shape[-2:], grown.shape[-2:])]
-        ramp = _ramp(bottom - top, k, y)[:, None] * _ramp(right - left, k, y)
-        out[..., top:bottom, left:right] += ramp * inner
-        weight[..., top:bottom, left:right] += ramp
+        there = (..., slice(factor * top, factor * bottom), slice(factor * left, factor * right))
+        ramp = _ramp(inner.shape[-2], k, y)[:, None] * _ramp(inner.shape[-1], k, y)
+        out[there] += ramp * inner
+        weight[there] += ramp
     return out / weight
 
 

@@ -5,12 +5,14 @@ when clean images, degraded by the operator, cannot be told from the degraded on
 velocity field of a flow from noise to images: one network learns that of the measured images (:func:`fit_flow`), a
 second one, which starts as a copy, follows that of the simulated ones, and their difference says how to change the
 operator (:func:`learn_operator`). It starts where the moments of the two sets agree (:class:`Moments`), found from
-their power spectra by phase retrieval (:func:`retrieved_kernel`), and ends no worse by those moments.
+their power spectra by phase retrieval (:func:`retrieved_kernel`), and ends no worse by those moments. A blur that
+changes over the field is a grid of PSFs, each learned from its cell (:class:`FieldMoments`).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 import zlib
@@ -23,13 +25,14 @@ from torch import Tensor
 
 from blindlib.baselines import differences
 from blindlib.metrics import mnc, recentred
-from blindlib.operators import Blur, Downsample, otf, warp
+from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, warp
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
 from blindlib.sampler import bar
 from blindlib.simulate import gaussian_kernels
 from blindlib.train import moving_average, save_whole
 from blindlib.unet import UNet
 
+Operator = Blur | Downsample | SpaceVaryingBlur
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Images = Tensor | Sequence[Tensor]
 
@@ -47,9 +50,12 @@ def between(y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return (1 - t) * noise + t * y
 
 
-def velocity(net: UNet) -> Velocity:
-    """``net`` as a velocity field ``v(x_t, t)``, ``t`` (B,) in [0, 1]: the net counts a thousand steps in that time."""
-    return lambda x_t, t: net(x_t, 1000 * t)
+def velocity(net: UNet, positions: Tensor | None = None) -> Velocity:
+    """``net`` as a velocity field ``v(x_t, t)``, ``t`` (B,) in [0, 1]: the net counts a thousand steps in that time.
+
+    With ``positions`` (B, 2, H, W), two more channels say where in the field, from -1 to 1, each pixel of x_t lies.
+    """
+    return lambda x_t, t: net(x_t if positions is None else torch.cat([x_t, positions], 1), 1000 * t)
 
 
 def flow_loss(field: Velocity, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -109,25 +115,26 @@ class Learned:
 
     Attributes
     ----------
-    kernel : Tensor, shape (1, 1, K, K)
+    kernel : Tensor, shape (1, 1, K, K), or (1, rows, columns, 1, K, K) for a SpaceVaryingBlur
         On the CPU, non-negative, of sum one, its centre of mass near pixel ``K // 2``.
-    operator : Blur or Downsample
+    operator : Blur, Downsample or SpaceVaryingBlur
     noise_std : float
         As given, or as fitted.
     flow : UNet
         The velocity net of the degraded images as it was at the start; another run on the same images can take it over.
     history : dict of Tensor
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
-        falls to a floor as the two sets become alike); ``kernel`` (n, 1, K, K); ``mnc``, where the truth was given.
+        falls to a floor as the two sets become alike); ``kernel`` (n, ...); ``mnc``, where the truth was given.
     deviation : Tensor, shape (2, 3)
-        :class:`Moments` at the start and at the last step. If the last step's largest is above the start's and above
-        1.2, networks led away from what the images show, and ``kernel`` is the start.
+        :class:`Moments` (of a field the mean over its cells) at the start and at the last step. If the last step's
+        largest is above the start's and above 1.2, networks led away from what the images show, and ``kernel`` is the
+        start.
     seconds : float
         Of the operator steps, those of earlier sessions included.
     """
 
     kernel: Tensor
-    operator: Blur | Downsample
+    operator: Operator
     noise_std: float
     flow: UNet
     history: dict[str, Tensor]
@@ -140,7 +147,7 @@ class Learned:
 
 
 def load_operator(path: str | Path) -> Tensor:
-    """The kernel (1, 1, K, K) of a file that :meth:`Learned.save` wrote.
+    """The kernel (1, 1, K, K) or PSFs (1, rows, columns, 1, K, K) of a file that :meth:`Learned.save` wrote.
 
     Raises
     ------
@@ -154,7 +161,8 @@ def load_operator(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"operator: no file {str(path)!r}")
     about, state = read_checkpoint(path)
     kernel = state.get("kernel")
-    if about is None or about.get("operator") != repr(Blur("valid")) or kernel is None or kernel.shape[:2] != (1, 1):
+    ranks = {repr(Blur("valid")): 4, repr(SpaceVaryingBlur("valid")): 6}
+    if about is None or kernel is None or kernel.ndim != ranks.get(about.get("operator")):
         raise ValueError(f"operator: {str(path)!r} holds no blur; make one with learn-operator")
     return kernel
 
@@ -167,6 +175,7 @@ def fit_flow(
     batch: int = 32,
     learning_rate: float = 1e-3,
     net: Mapping = FLOW,
+    positions: bool = False,
     seed: int = 0,
     folder: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -187,6 +196,9 @@ def fit_flow(
         Of Adam; it rises over the first tenth of the steps and falls to zero over the last third.
     net : mapping
         Settings of the :class:`UNet`, without its channels.
+    positions : bool
+        Tell the net where in the field a patch lies, for a blur that varies over it; all images are then of one size.
+        One patch in five gets a wrong place, as in the paper, so that the net does not rely on it.
     seed : int
     folder : str or Path, optional
         Where the run is saved about once a minute, whole or not at all; the same call goes on from there.
@@ -209,9 +221,10 @@ def fit_flow(
         If the run diverges.
     """
     images = _checked("degraded", degraded, patch)
+    field = _field(images) if positions else None
     device = pick_device(device)
     _check_counts(steps=steps, batch=batch, patch=patch)
-    model = _seeded_net(net, len(images[0]), patch, seed).to(device)
+    model = _seeded_net(net, len(images[0]), patch, seed, positions).to(device)
     mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     parts = dict(model=model, mean=mean, optimizer=optimizer)
@@ -221,8 +234,10 @@ def fit_flow(
     for step in run.steps(steps, "flow matching", progress):
         _set_rate(optimizer, learning_rate, step, steps)
         g = _generator(seed, 0, step)
-        y = standard(_patches(images, batch, (patch, patch), g).to(device))
-        loss = flow_loss(velocity(model), y, *_times_and_noise(y, g)).mean()
+        y, corners = _patches(images, batch, (patch, patch), g)
+        y = standard(y.to(device))
+        times_and_noise = _times_and_noise(y, g)
+        loss = flow_loss(velocity(model, _positions(corners, field, y, g)), y, *times_and_noise).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,10 +252,11 @@ def fit_flow(
 def learn_operator(
     clean: Images,
     degraded: Images,
-    operator: Blur | Downsample | None = None,
+    operator: Operator | None = None,
     *,
     noise_std: float | None,
     kernel_size: int = 17,
+    grid: tuple[int, int] = (4, 4),
     patch: int = 32,
     steps: int = 200,
     batch: int = 32,
@@ -271,12 +287,16 @@ def learn_operator(
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
         Sizes may differ, channels not. A clean image has to be as large as a patch and the kernel around it, a
         degraded one as a patch and as the kernel's autocorrelation, ``2 kernel_size - 1``.
-    operator : Blur or Downsample, optional
-        With the boundary ``"valid"``, the only one under which a patch is as the whole image is; default: a blur.
+    operator : Blur, Downsample or SpaceVaryingBlur, optional
+        With the boundary ``"valid"``, the only one under which a patch is as the whole image is; default: a blur. If it
+        varies over the field, all degraded images are of one size, that of the field; the clean ones look alike
+        everywhere in it.
     noise_std : float, optional
         Of the degraded images, on the [-1, 1] scale. ``None``: fitted with the start, which then may not be given.
     kernel_size : int
         Side of the kernel's window, at most ``patch``.
+    grid : (int, int)
+        Rows and columns of PSFs, of a SpaceVaryingBlur.
     patch, batch, steps : int
     learning_rate : float
         Of the kernel's Adam (betas 0.5, 0.95); it rises over the first tenth of the steps, while the auxiliary net
@@ -288,10 +308,10 @@ def learn_operator(
         first has to be positive. (The paper's mean absolute value is constant for kernels of sum one.)
     flow : UNet, optional
         From :func:`fit_flow` on the same degraded images and patches; default: it is called.
-    start : Tensor, shape (1, 1, K, K), optional
+    start : Tensor, shape of the kernel, optional
         Kernel to start from; default: that of :meth:`Moments.fit`, from :func:`retrieved_kernel`,
         or, for a :class:`Downsample`, from a blot.
-    truth : Tensor, shape (1, 1, L, L), optional
+    truth : Tensor, shape of the kernel, optional
         The true kernel, for the MNC in progress and history; it does not change the run.
     seed, folder, device, progress
         As of :func:`fit_flow`.
@@ -319,25 +339,37 @@ def learn_operator(
     if centre <= 0 or compact < 0:
         raise ValueError(f"centre, compact: expected a positive and a non-negative weight, got {centre}, {compact}")
     scene = operator.sizes((patch, patch), (kernel_size, kernel_size))["image"]
-    blind = start is None and isinstance(operator, Blur)
+    varying = isinstance(operator, SpaceVaryingBlur)
+    blind = start is None and not isinstance(operator, Downsample)
     xs = _checked("clean", clean, scene[0])
     ys = _checked("degraded", degraded, max(patch, 2 * kernel_size - 1) if blind else patch)
     if len(xs[0]) != len(ys[0]):
         raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
     device = pick_device(device)
     about = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
-    moments = Moments(xs, ys, operator, **about, device=device)
+    field = _field(ys) if varying else None
+    if varying:
+        moments = FieldMoments(xs, ys, grid, **about, device=device)
+    else:
+        moments = Moments(xs, ys, operator, **about, device=device)
     if start is None:
-        # Every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude.
-        guess = retrieved_kernel(xs, ys, **about | {"noise_std": noise_std or 0.0}) if blind else _blot(kernel_size)
+        if varying:
+            guess = moments.retrieved()
+        elif blind:
+            guess = retrieved_kernel(xs, ys, **about | {"noise_std": noise_std or 0.0})
+        else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
+            guess = _blot(kernel_size)
         start = moments.fit(guess)
     noise_std = float(moments.noise_std)
-    if start.shape != (1, 1, kernel_size, kernel_size):
-        raise ValueError(f"start: expected shape (1, 1, {kernel_size}, {kernel_size}), got {tuple(start.shape)}")
+    shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
+    if start.shape != shape:
+        raise ValueError(f"start: expected shape {shape}, got {tuple(start.shape)}")
     if flow is None:
-        flow = fit_flow(ys, patch=patch, seed=seed, folder=folder, device=device, progress=progress)
-    if flow.in_channels != len(ys[0]):
-        raise ValueError(f"flow: a net of {flow.in_channels} channels, the images have {len(ys[0])}")
+        common = dict(seed=seed, folder=folder, device=device, progress=progress)
+        flow = fit_flow(ys, patch=patch, positions=varying, **common)
+    channels = len(ys[0]) + 2 * varying
+    if flow.in_channels != channels:
+        raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
 
     data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
     # A little above zero, where |theta| has no slope.
@@ -355,32 +387,38 @@ def learn_operator(
     for step in run.steps(steps, "learning the operator", progress):
         _set_rate(optimizer, learning_rate, step, steps)
         g = _generator(seed, 1, step)
-        x = _patches(xs, batch, scene, g).to(device)
+        x = _patches(xs, batch, scene, g)[0].to(device)
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
         k = simplex(theta)
-        y = operator(x, k)
+        if varying:
+            corners = [[int(torch.randint(side - patch + 1, (), generator=g)) for side in field] for _ in x]
+            blurred = [operator(one, k, part=(*at, *field)) for one, at in zip(x.split(1), corners, strict=True)]
+            y, positions = torch.cat(blurred), _positions(corners, field, noise, g)
+        else:
+            y, positions = operator(x, k), None
         y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
 
         x_t = between(y.detach(), t, noise)
-        v = velocity(auxiliary)(x_t, t)
+        v = velocity(auxiliary, positions)(x_t, t)
         with torch.no_grad():
-            difference = v - velocity(data)(x_t, t)
+            difference = v - velocity(data, positions)(x_t, t)
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
-        measured = standard(_patches(ys, batch, (patch, patch), g).to(device))
+        measured, corners = _patches(ys, batch, (patch, patch), g)
         (v - (y.detach() - noise)).square().mean().backward()
-        flow_loss(velocity(data), measured, t, noise).mean().backward()
+        positions = _positions(corners, field, noise, g)
+        flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
         for net in (data, auxiliary):
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
         run.note(gap=difference.square().mean())
         if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
             now = simplex(theta.detach()).cpu()
-            seen = {} if truth is None else {"mnc": float(mnc(now, truth.cpu()))}
+            seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)
     end, start = simplex(theta.detach()).cpu(), start.cpu()
     deviation = torch.stack([moments(k).cpu() for k in (start, end)])
@@ -490,6 +528,8 @@ class Moments:
     ) -> None:
         _check_noise(noise_std)
         self.operator = _operator(operator)
+        if isinstance(self.operator, SpaceVaryingBlur):
+            raise TypeError("operator: a SpaceVaryingBlur has the moments of each cell, FieldMoments")
         factor, grow = getattr(self.operator, "factor", 1), kernel_size - 1
         xs, ys = _checked("clean", clean, factor + grow), _checked("degraded", degraded, 1)
         least = [min(y.shape[-2:]) for y in ys] + [(min(x.shape[-2:]) - grow) // factor for x in xs]
@@ -552,8 +592,8 @@ class Moments:
         out = [(mean.log(), (power.var(0, correction=0) / n / mean**2).detach())]
         edges = torch.fft.irfft2(d, s=(side, side))
         size = edges.detach().square().sum((1, 2), keepdim=True)
-        for share in self.shares:
-            least = size.flatten(1).quantile(1 - share, dim=1).view(-1, 1, 1, 1, 1)
+        for strongest in self.shares:
+            least = size.flatten(1).quantile(1 - strongest, dim=1).view(-1, 1, 1, 1, 1)
             strong = edges * (size > least)
             strong = strong / (strong.square().mean((1, 2, 3, 4), keepdim=True) + 1e-4).sqrt()
             s = torch.fft.rfft2(strong)
@@ -563,6 +603,115 @@ class Moments:
             rest = (cross - ratio * weight).detach().abs().square().mean(0)
             out.append((ratio, rest / n / weight.detach().mean(0) ** 2))
         return out
+
+
+class FieldMoments:
+    """:class:`Moments` of each cell of a field, for a blur that changes over it: a grid of PSFs.
+
+    A cell's moments are taken from tiles about its middle, where its PSF's share is largest. Neighbouring PSFs have
+    theirs in it too, so a tile is simulated with all of them, as :class:`SpaceVaryingBlur` interpolates them; while one
+    is fitted, the others stay. (A cell taken as uniformly blurred has no PSF that fits: the mean of power spectra is
+    not the spectrum of the mean.)
+
+    Parameters
+    ----------
+    clean : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
+    degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
+        Of one size, that of the field. Where cells have less than ``4 kernel_size`` pixels a side, tiles are larger
+        than cells.
+    grid : (int, int)
+        Rows and columns of cells.
+    noise_std, kernel_size, seed, device
+        As of :class:`Moments`.
+
+    Attributes
+    ----------
+    noise_std : Tensor, shape ()
+        Of the degraded images; where none was given, the median of what :meth:`fit` found in the cells.
+    """
+
+    def __init__(
+        self,
+        clean: Images,
+        degraded: Images,
+        grid: tuple[int, int],
+        *,
+        noise_std: float | None,
+        kernel_size: int,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+    ) -> None:
+        _check_counts(rows=grid[0], columns=grid[1])
+        self.clean = _checked("clean", clean, 3 * kernel_size - 2)
+        self.degraded = _checked("degraded", degraded, 2 * kernel_size - 1)
+        self.field, self.grid = _field(self.degraded), tuple(grid)
+        self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
+        self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
+        _check_noise(noise_std)
+        self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std)
+
+    def retrieved(self) -> Tensor:
+        """Each cell's :func:`retrieved_kernel`, as if it were blurred uniformly: (1, rows, columns, 1, K, K)."""
+        options = {k: v for k, v in self.options.items() if k != "device"} | {"noise_std": float(self.noise_std)}
+        cells = [retrieved_kernel(self.clean, self._tiles(cell), **options, starts=32) for cell in self._cells()]
+        return torch.stack(cells, 1).unflatten(1, self.grid)
+
+    def __call__(self, psfs: Tensor) -> Tensor:
+        """As of :class:`Moments`, the mean over the cells; (3,)."""
+        with torch.no_grad():
+            return torch.stack([self._moments(cell, psfs)(psfs[:, *cell]).cpu() for cell in self._cells()]).mean(0)
+
+    def fit(self, start: Tensor, *, steps: int = 25, learning_rate: float = 3e-3, progress: bool = False) -> Tensor:
+        """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: one after the other is fitted, once."""
+        psfs, levels = start.clone(), []
+        for cell in bar(self._cells(), "fitting PSFs", progress, unit="PSF"):
+            moments = self._moments(cell, psfs)
+            psfs[:, *cell] = moments.fit(psfs[:, *cell], steps=steps, learning_rate=learning_rate).to(psfs)
+            levels.append(moments.noise_std.cpu())
+        self.noise_std = torch.stack(levels).median()
+        return psfs
+
+    def _cells(self) -> list[tuple[int, int]]:
+        return list(itertools.product(*map(range, self.grid)))
+
+    def _corners(self, cell: tuple[int, int]) -> list[tuple[int, int]]:
+        """Where the tiles of a cell begin: side by side as many as it holds, at least one, about its middle."""
+        axes = []
+        for i, n, length in zip(cell, self.grid, self.field, strict=True):
+            count = max(1, length // (n * self.side))
+            first = round((i + 0.5) * length / n - count * self.side / 2)
+            first = min(max(first, 0), length - count * self.side)
+            axes.append([first + k * self.side for k in range(count)])
+        return list(itertools.product(*axes))
+
+    def _tiles(self, cell: tuple[int, int]) -> list[Tensor]:
+        side = self.side
+        return [y[:, a : a + side, b : b + side] for y in self.degraded for a, b in self._corners(cell)]
+
+    def _moments(self, cell: tuple[int, int], psfs: Tensor) -> Moments:
+        blur = _OnePSF(psfs, cell, [(*corner, *self.field) for corner in self._corners(cell)])
+        return Moments(self.clean, self._tiles(cell), blur, **self.options)
+
+
+class _OnePSF(Blur):
+    """The blur of parts of a field as a function of one of its PSFs; always of the same scenes, each in one part."""
+
+    def __init__(self, psfs: Tensor, cell: tuple[int, int], parts: list[tuple[int, int, int, int]]) -> None:
+        super().__init__("valid")
+        self.others, self.cell, self.parts, self.fixed = psfs.clone(), cell, parts, None
+        self.others[:, *cell] = 0
+
+    def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
+        y = super().__call__(image, kernel)
+        if self.fixed is None:
+            varying, others = SpaceVaryingBlur("valid"), self.others.to(image)
+            rest, weight = torch.empty_like(y), torch.empty_like(y[:, :1])
+            for i, part in enumerate(self.parts):
+                rest[i :: len(self.parts)] = varying(image[i :: len(self.parts)], others, part=part)
+                weight[i :: len(self.parts)] = share(self.cell, others.shape[1:3], part[2:], part[:2], y)
+            self.fixed = rest.detach(), weight
+        rest, weight = self.fixed
+        return rest + weight * y
 
 
 def _blot(kernel_size: int) -> Tensor:
@@ -697,10 +846,10 @@ class _Run:
         return {k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in self.kept.items()}
 
 
-def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int) -> UNet:
+def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = UNet(channels, **settings).to(memory_format=torch.channels_last)
+        net = UNet(channels + 2 * positions, channels, **settings).to(memory_format=torch.channels_last)
     if patch % net.stride:
         raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")
     return net
@@ -717,14 +866,42 @@ def _generator(seed: int, phase: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1) + step) + phase)
 
 
-def _patches(images: list[Tensor], n: int, size: tuple[int, int], g: torch.Generator) -> Tensor:
-    """``n`` random patches (n, C, *size) of random images."""
-    out = []
+def _patches(
+    images: list[Tensor], n: int, size: tuple[int, int], g: torch.Generator
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """``n`` random patches (n, C, *size) of random images, and where they begin."""
+    out, corners = [], []
     for i in torch.randint(len(images), (n,), generator=g).tolist():
         x = images[i]
         top, left = (int(torch.randint(a - b + 1, (), generator=g)) for a, b in zip(x.shape[-2:], size, strict=True))
         out.append(x[:, top : top + size[0], left : left + size[1]])
-    return torch.stack(out).contiguous(memory_format=torch.channels_last)
+        corners.append((top, left))
+    return torch.stack(out).contiguous(memory_format=torch.channels_last), corners
+
+
+def _positions(
+    corners: Sequence[Sequence[int]], field: tuple[int, int] | None, y: Tensor, g: torch.Generator
+) -> Tensor | None:
+    """Where pixels of patches ``y`` (B, C, H, W) lie in the field, from -1 to 1: (B, 2, H, W); one in five is wrong."""
+    if field is None:
+        return None
+    sizes = y.shape[-2:]
+    wrong = [[int(torch.randint(f - n + 1, (), generator=g)) for f, n in zip(field, sizes, strict=True)] for _ in y]
+    lost = (torch.rand(len(y), generator=g) < 0.2).tolist()
+    places = torch.tensor([w if no else tuple(c) for w, no, c in zip(wrong, lost, corners, strict=True)])
+    axes = [
+        (2 * (places[:, a, None] + torch.arange(sizes[a]) + 0.5) / field[a] - 1)[(slice(None), *at)]
+        for a, at in ((0, (slice(None), None)), (1, (None, slice(None))))
+    ]
+    return torch.stack([a.expand(-1, *sizes) for a in axes], 1).to(y)
+
+
+def _field(images: list[Tensor]) -> tuple[int, int]:
+    """The one size (H, W) of all images."""
+    sizes = {tuple(y.shape[1:]) for y in images}
+    if len(sizes) > 1:
+        raise ValueError(f"degraded: a blur that varies over the field needs images of one size, got {sorted(sizes)}")
+    return sizes.pop()
 
 
 def _times_and_noise(y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -767,14 +944,13 @@ def _check_noise(noise_std: float | None) -> None:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
 
 
-def _operator(operator: Blur | Downsample | None) -> Blur | Downsample:
+def _operator(operator: Operator | None) -> Operator:
     """The operator, if it is one whose kernel can be learned from patches; default: a blur."""
     operator = Blur("valid") if operator is None else operator
-    if not isinstance(operator, Blur | Downsample):
-        raise TypeError(f"operator: expected a Blur or a Downsample, got {type(operator).__name__}")
-    boundary = getattr(operator, "blur", operator).boundary
-    if boundary != "valid":
-        raise ValueError(f"operator: expected the boundary 'valid', got {boundary!r}; patches have no other")
+    if not isinstance(operator, Operator):
+        raise TypeError(f"operator: expected a Blur, Downsample or SpaceVaryingBlur, got {type(operator).__name__}")
+    if operator.boundary != "valid":
+        raise ValueError(f"operator: expected the boundary 'valid', got {operator.boundary!r}; patches have no other")
     return operator
 
 

@@ -6,6 +6,7 @@ A blur is true convolution with the kernel's centre at pixel ``K // 2``, written
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -60,16 +61,9 @@ class Blur:
             If ranks, batch sizes, channels or devices do not fit, or the kernel is larger than the image.
         """
         _check_pair(image, kernel)
-        k, l = kernel.shape[-2:]
         if self.boundary == "circular":
             return _circular(image, kernel)
-        if self.boundary != "valid":
-            image = F.pad(
-                image, (l - 1 - l // 2, l // 2, k - 1 - k // 2, k // 2),
-                mode="constant" if self.boundary == "zero" else "reflect",
-            )  # fmt: skip
-        # Direct convolution costs K L operations a pixel, the FFT a few dozen.
-        return (convolve_direct if k * l <= 36 else convolve_fft)(image, kernel)
+        return _valid(_padded(image, tuple(kernel.shape[-2:]), self.boundary), kernel)
 
     def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
         """The sizes of latents that follow from those of the measurement and of the other latents."""
@@ -127,30 +121,46 @@ class SpaceVaryingBlur:
     def __init__(self, boundary: str = "valid", *, weights_at: str = "sensor") -> None:
         if weights_at not in ("sensor", "scene"):
             raise ValueError(f"weights_at: expected 'sensor' or 'scene', got {weights_at!r}")
-        self.blur, self.weights_at = Blur(boundary), weights_at
+        self.blur, self.boundary, self.weights_at = Blur(boundary), boundary, weights_at
 
     def __repr__(self) -> str:
-        return f"SpaceVaryingBlur(boundary={self.blur.boundary!r}, weights_at={self.weights_at!r})"
+        return f"SpaceVaryingBlur(boundary={self.boundary!r}, weights_at={self.weights_at!r})"
 
-    def __call__(self, image: Tensor, psfs: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, psfs: Tensor, *, part: tuple[int, int, int, int] | None = None) -> Tensor:
         """Blur ``image`` (B, C, H, W) with ``psfs`` (B or 1, rows, columns, C or 1, K, L).
 
         The PSFs are those in the middle of equal cells of the field; beyond the outermost they stay as they are there.
-        The result's shape and the errors are those of :class:`Blur`. Differentiable in both.
+        With ``part`` = (top, left, height, width), for the boundary "valid", the image is the scene behind a part of
+        the field: the one that begins at pixel (top, left) of height x width. The result's shape and the errors are
+        those of :class:`Blur`. Differentiable in both.
         """
         if not isinstance(psfs, Tensor) or psfs.ndim != 6:
             shape = tuple(psfs.shape) if isinstance(psfs, Tensor) else type(psfs).__name__
             raise ValueError(f"psfs: expected shape (B or 1, rows, columns, C or 1, K, L), got {shape}")
-        rows, columns = psfs.shape[1:3]
-        out: Tensor | float = 0.0
-        for i in range(rows):
-            for j in range(columns):
-                psf = psfs[:, i, j]
-                if self.weights_at == "scene":
-                    out = out + self.blur(_share((i, j), (rows, columns), image) * image, psf)
-                else:
-                    y = self.blur(image, psf)
-                    out = out + _share((i, j), (rows, columns), y) * y
+        cells, (k, l) = tuple(psfs.shape[1:3]), psfs.shape[-2:]
+        _check_pair(image, psfs[:, 0, 0])
+        padded = _padded(image, (k, l), self.boundary)
+        h, w = padded.shape[-2] - k + 1, padded.shape[-1] - l + 1
+        top, left, height, width = part or (0, 0, h, w)
+        if part and (self.boundary != "valid" or min(top, left) < 0 or top + h > height or left + w > width):
+            raise ValueError(f"part: {h}x{w} pixels of a 'valid' blur have to lie in the field, got {part}")
+        out = image.new_zeros(*image.shape[:2], h, w)
+        for cell in itertools.product(*map(range, cells)):
+            psf = psfs[:, *cell]
+            if self.weights_at == "sensor":
+                weight = share(cell, cells, (height, width), (top, left), out)
+                rows, columns = _extent(weight, 1, 0), _extent(weight, 0, 0)
+                seen = padded[..., rows.start : rows.stop + k - 1, columns.start : columns.stop + l - 1]
+                weight = weight[rows, columns]
+            else:
+                more = (k - 1, l - 1) if self.boundary == "valid" else (0, 0)
+                weight = share(cell, cells, (height + more[0], width + more[1]), (top, left), image)
+                weight = _padded(weight[None, None], (k, l), self.boundary)[0, 0]
+                rows, columns = _extent(weight, 1, k - 1), _extent(weight, 0, l - 1)
+                seen, weight = (weight * padded)[..., rows, columns], 1.0
+                rows, columns = slice(rows.start, rows.stop - k + 1), slice(columns.start, columns.stop - l + 1)
+            if rows.start < rows.stop and columns.start < columns.stop:
+                out[..., rows, columns] += weight * _valid(seen, psf)
         return out
 
     def sizes(self, measured: tuple[int, int], psfs: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
@@ -161,9 +171,18 @@ class SpaceVaryingBlur:
         """A^T y; shapes as of :meth:`Blur.adjoint`."""
         return _adjoint(self, y, psfs)
 
-    def solve(self, y: Tensor, psfs: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12) -> Tensor:
+    def solve(
+        self,
+        y: Tensor,
+        psfs: Tensor,
+        image: Tensor,
+        weight: Tensor | float,
+        *,
+        part: tuple[int, int, int, int] | None = None,
+        iterations: int = 12,
+    ) -> Tensor:
         """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
-        return _proximal(lambda x: self(x, psfs), y, image, weight, iterations)
+        return _proximal(lambda x: self(x, psfs, part=part), y, image, weight, iterations)
 
 
 class Downsample:
@@ -184,10 +203,10 @@ class Downsample:
     def __init__(self, factor: int, boundary: str = "valid") -> None:
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
             raise ValueError(f"factor: expected a positive integer, got {factor!r}")
-        self.factor, self.blur = factor, Blur(boundary)
+        self.factor, self.blur, self.boundary = factor, Blur(boundary), boundary
 
     def __repr__(self) -> str:
-        return f"Downsample({self.factor}, boundary={self.blur.boundary!r})"
+        return f"Downsample({self.factor}, boundary={self.boundary!r})"
 
     def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
         """Blur ``image`` (B, C, H, W) with ``kernel`` (B or 1, 1 or C, K, L), and thin; errors as of :class:`Blur`."""
@@ -407,6 +426,20 @@ def convolve_direct(image: Tensor, kernel: Tensor) -> Tensor:
     return F.conv2d(image.reshape(1, b * c, h, w), weight, groups=b * c).reshape(b, c, h - k + 1, w - l + 1)
 
 
+def _valid(image: Tensor, kernel: Tensor) -> Tensor:
+    # Direct convolution costs K L operations a pixel, the FFT a few dozen.
+    return (convolve_direct if kernel[0, 0].numel() <= 36 else convolve_fft)(image, kernel)
+
+
+def _padded(image: Tensor, window: tuple[int, int], boundary: str) -> Tensor:
+    """``image`` (B, C, H, W) with what lies beyond its edges, so that its "valid" blur is as large as it was."""
+    if boundary == "valid":
+        return image
+    k, l = window
+    mode = "constant" if boundary == "zero" else boundary
+    return F.pad(image, (l - 1 - l // 2, l // 2, k - 1 - k // 2, k // 2), mode=mode)
+
+
 def _circular(image: Tensor, kernel: Tensor) -> Tensor:
     size = tuple(image.shape[-2:])
     return torch.fft.irfft2(torch.fft.rfft2(image) * otf(kernel, size), s=size)
@@ -467,13 +500,25 @@ def _conjugate_gradients(
     return x
 
 
-def _share(cell: tuple[int, int], cells: tuple[int, int], image: Tensor) -> Tensor:
-    """Bilinear weight (H, W) of one of ``cells``: 1 at its middle, 0 at the middle of its neighbours."""
+def share(
+    cell: tuple[int, int], cells: tuple[int, int], field: tuple[int, int], first: tuple[int, int], like: Tensor
+) -> Tensor:
+    """Bilinear weight of one of a field's ``cells``: 1 at its middle, 0 at the middle of its neighbours; (H, W).
+
+    At pixels as many as those of ``like``, from ``first`` on.
+    """
     weights = []
-    for i, n, length in zip(cell, cells, image.shape[-2:], strict=True):
-        at = (torch.arange(length, device=image.device, dtype=image.dtype) + 0.5) * n / length - 0.5
+    for i, n, whole, begin, length in zip(cell, cells, field, first, like.shape[-2:], strict=True):
+        at = (torch.arange(length, device=like.device, dtype=like.dtype) + begin + 0.5) * n / whole - 0.5
         weights.append((1 - (at.clamp(0, n - 1) - i).abs()).clamp(min=0))
     return weights[0][:, None] * weights[1]
+
+
+def _extent(weight: Tensor, along: int, margin: int) -> slice:
+    """Where ``weight`` (H, W) is not zero, and so much about it."""
+    at = weight.any(along).nonzero()
+    length = weight.shape[1 - along]
+    return slice(max(0, int(at[0]) - margin), min(length, int(at[-1]) + 1 + margin)) if len(at) else slice(0, 0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -460,6 +460,132 @@ def motion_kernels(
     """
     _check_kernel(n, size, extent, "extent", 1.0)
     draw = _Draw(seed, device)
+    path, weight = _shake(draw, n)
+    width = draw.uniform(n, 1, low=0.1, high=0.7)
+    return _trace(path, weight, size, draw.uniform(n, 1, 1, low=extent[0], high=extent[1]), width)
+
+
+def shaken_psfs(
+    grid: tuple[int, int],
+    size: int,
+    *,
+    extent: tuple[float, float] = (0.4, 0.8),
+    roll: float = 0.5,
+    seed: Seed = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """PSFs over the field of a camera that is shaken and rolls about its axis: no two places are blurred alike.
+
+    Shake moves the whole picture along one path, as in :func:`motion_kernels`; roll moves each point across its
+    distance from the middle, along with it (Whyte et al., IJCV 2012).
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Rows and columns.
+    size : int
+        Side of each PSF's window, in pixels.
+    extent : (float, float)
+        The longer side of the largest trace is drawn between these fractions of the window.
+    roll : float
+        How far the roll moves the middle of the field's edges, in units of the shake's extent.
+    seed : int or torch.Generator
+    device : str or torch.device
+
+    Returns
+    -------
+    Tensor, shape (1, rows, columns, 1, size, size)
+        Non-negative, each sums to one, centre of mass at pixel ``size // 2``.
+
+    Raises
+    ------
+    ValueError
+        If a size is too small or ``extent`` is not an interval within (0, 1].
+    """
+    _check_kernel(min(grid), size, extent, "extent", 1.0)
+    draw = _Draw(seed, device)
+    path, weight = _shake(draw, 1)
+    path = path / (path.amax(2) - path.amin(2)).amax().clamp(min=1e-6)
+    turn = F.interpolate(draw.normal(1, 1, 6), size=path.shape[2], mode="linear", align_corners=True).cumsum(2)
+    turn = turn / (turn.amax() - turn.amin())
+    y, x = torch.meshgrid(*((2 * torch.arange(n, device=draw.device) + 1) / n - 1 for n in grid), indexing="ij")
+    path = path + roll * turn * torch.stack([-y, x], -1).reshape(-1, 2, 1)
+    many = len(path)
+    length = draw.uniform(1, 1, 1, low=extent[0], high=extent[1])
+    width = draw.uniform(1, 1, low=0.3, high=0.7).expand(many, -1)
+    psfs = _trace(path, weight.expand(many, -1), size, length, width, alike=True)
+    return psfs.reshape(1, *grid, 1, size, size)
+
+
+def lens_psfs(
+    grid: tuple[int, int],
+    size: int,
+    *,
+    centre: float = 0.8,
+    corner: float = 2.5,
+    colour: float = 0.25,
+    vignetting: float = 0.6,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """PSFs over the field of a lens at full aperture, for red, green and blue: defocus discs, cut off at the corners.
+
+    The focus curves away from the sensor, so the disc grows with the square of the distance from the axis; blue and red
+    are in focus at other depths than green. Towards the corners the barrel cuts the disc to a cat's eye, the meeting
+    of two discs.
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Rows and columns.
+    size : int
+        Side of each PSF's window, in pixels.
+    centre, corner : float
+        The disc's radius in pixels on the axis and in the corners of the field.
+    colour : float
+        How much larger blue's disc is than green's, and smaller red's, as a share.
+    vignetting : float
+        Distance of the two discs in the corner, in radii, from 0 to less than 2.
+    device : str or torch.device
+
+    Returns
+    -------
+    Tensor, shape (1, rows, columns, 3, size, size)
+        Non-negative, each sums to one, centre of mass at pixel ``size // 2``.
+
+    Raises
+    ------
+    ValueError
+        If the window is too small for the discs, or vignetting leaves nothing of them.
+    """
+    if min(centre, corner) <= 0 or not 0 <= colour < 1 or not 0 <= vignetting < 2:
+        raise ValueError(
+            f"centre, corner, colour, vignetting: expected positive radii, [0, 1) and [0, 2), got {centre}, {corner}, "
+            f"{colour}, {vignetting}"
+        )
+    if 2 * max(centre, corner) * (1 + colour) + 2 > size:
+        raise ValueError(f"size: a window of {size} pixels is too small for radii up to {max(centre, corner):.3g}")
+    y, x = torch.meshgrid(*((2 * torch.arange(n, device=device) + 1) / n - 1 for n in grid), indexing="ij")
+    y, x = (a[:, :, None, None, None] for a in (y, x))
+    far = ((x**2 + y**2) / 2).sqrt()  # 1 in the corners
+    radius = (centre + (corner - centre) * far**2) * (1 + colour * torch.tensor([-1, 0, 1])[:, None, None]).to(far)
+    fine = 8  # points a pixel, along each axis
+    at = (torch.arange(fine * size, device=device) + 0.5) / fine - 0.5 - size // 2
+    u, v = at[None, :], at[:, None]
+    apart = vignetting * far * radius / 2
+    along = torch.where(far > 0, far * 2**0.5, torch.ones_like(far))
+    dx, dy = apart * x / along, apart * y / along
+
+    def disc(dx: Tensor, dy: Tensor) -> Tensor:
+        """One inside, zero outside, in between over a third of a pixel."""
+        return ((radius - ((u - dx) ** 2 + (v - dy) ** 2).sqrt()) * 3 + 0.5).clamp(0, 1)
+
+    eye = torch.minimum(disc(dx, dy), disc(-dx, -dy))
+    psfs = F.avg_pool2d(eye.flatten(0, 1), fine).unflatten(0, tuple(grid))[None]
+    return _unit_sum(psfs)
+
+
+def _shake(draw: _Draw, n: int) -> tuple[Tensor, Tensor]:
+    """Paths (n, 2, T) of a shaken camera, and how long (n, T) it dwells at each point."""
     points, fine = 128, 1024
     memory = draw.log_uniform(n, 1, low=0.02, high=1.0) * points
     decay = torch.exp(-1 / memory)
@@ -485,8 +611,7 @@ def motion_kernels(
     pause = torch.exp(-(((torch.linspace(0, 1, fine, device=draw.device) - draw.uniform(n, 2, 1)) / 0.02) ** 2))
     weight = weight + (pause * draw.uniform(n, 2, 1) ** 2 * 8).sum(1)
     gap = F.interpolate(draw.normal(n, 1, 12), size=fine, mode="linear")[:, 0] > 0.8
-    weight = torch.where(gap & (draw.uniform(n, 1) < 0.25), 0.05 * weight, weight)
-    return _trace(draw, path, weight, size, extent, draw.uniform(n, 1, low=0.1, high=0.7))
+    return path, torch.where(gap & (draw.uniform(n, 1) < 0.25), 0.05 * weight, weight)
 
 
 def linear_kernels(
@@ -504,7 +629,8 @@ def linear_kernels(
     along = torch.linspace(-1, 1, 512, device=draw.device)
     path = torch.stack([turn.cos(), turn.sin()], 1)[:, :, None] * along
     weight = torch.ones(n, 512, device=draw.device)
-    return _trace(draw, path, weight, size, extent, draw.uniform(n, 1, low=0.1, high=0.7))
+    width = draw.uniform(n, 1, low=0.1, high=0.7)
+    return _trace(path, weight, size, draw.uniform(n, 1, 1, low=extent[0], high=extent[1]), width)
 
 
 def gaussian_kernels(
@@ -734,28 +860,31 @@ def _tremor(draw: _Draw, n: int, points: int) -> Tensor:
     return size * torch.sin(2 * math.pi * f * t + phase).sum(-1)
 
 
-def _trace(draw: _Draw, path: Tensor, weight: Tensor, size: int, extent: tuple[float, float], width: Tensor) -> Tensor:
-    """Draw paths (n, 2, T) with weights (n, T): scaled to ``extent``, centred, pen ``width`` (n, 1) in pixels."""
+def _trace(path: Tensor, weight: Tensor, size: int, extent: Tensor, width: Tensor, *, alike: bool = False) -> Tensor:
+    """Draw paths (n, 2, T) with weights (n, T), scaled to a share ``extent`` (n, 1, 1) of the window, or all ``alike``.
+
+    Each is centred, its pen's ``width`` (n, 1) in pixels.
+    """
     n = len(path)
     weight = weight / weight.sum(1, keepdim=True)
     low, high = path.amin(2, keepdim=True), path.amax(2, keepdim=True)
     box = (high - low).amax(1, keepdim=True).clamp(min=1e-6)
-    path = path / box * draw.uniform(n, 1, 1, low=extent[0], high=extent[1]) * size
+    path = path / (box.amax() if alike else box) * extent * size
     path = path - (path * weight[:, None]).sum(2, keepdim=True)
     # An off-balance path may not fit about its centre of mass: shrink it until it does.
     reach = path.abs().amax((1, 2), keepdim=True)
     room = (size - 1) // 2 - 0.5
-    path = path * (room / reach).clamp(max=1) + size // 2
+    path = path * (room / (reach.amax() if alike else reach)).clamp(max=1) + size // 2
 
     corner = path.floor()
     frac = path - corner
-    out = torch.zeros(n, size * size, device=draw.device)
+    out = torch.zeros(n, size * size, device=path.device)
     for dx in (0, 1):
         for dy in (0, 1):
             share = (frac[:, 0] if dx else 1 - frac[:, 0]) * (frac[:, 1] if dy else 1 - frac[:, 1])
             cell = (corner[:, 1] + dy).long() * size + (corner[:, 0] + dx).long()
             out.scatter_add_(1, cell, share * weight)
-    taps = torch.arange(-2, 3, device=draw.device)
+    taps = torch.arange(-2, 3, device=path.device)
     g = torch.exp(-(taps**2) / (2 * width**2))
     g = g / g.sum(1, keepdim=True)
     out = F.pad(out.reshape(1, n, size, size), (2, 2, 2, 2))

@@ -5,10 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 
-from blindlib import Blur, dead_leaves, deblur, load_prior, mnc, motion_kernels, psnr, text_images
+from blindlib import (
+    Blur,
+    Downsample,
+    SpaceVaryingBlur,
+    dead_leaves,
+    deblur,
+    gaussian_kernels,
+    load_prior,
+    mnc,
+    motion_kernels,
+    psnr,
+    shaken_psfs,
+    text_images,
+)
 from blindlib.__main__ import main
 from blindlib.baselines import no_blur
 from blindlib.deblur import estimate_noise, find_kernels, read_image, resize, restore, unexplained, write_image
@@ -129,6 +143,36 @@ def test_pieces_fit_together(blurred):
     prior = load_prior("image")
     whole, pieces = (restore(y, k, prior, Blur("valid"), 0.02, samples=1, tile=t) for t in (256, 56))
     assert psnr(pieces, scene) > psnr(whole, scene) - 1.0
+
+
+def test_restoring_what_varies_over_the_field(blurred):
+    """The same PSF everywhere is the plain blur; in pieces, each place gets its own."""
+    _, k, y = blurred
+    prior, varying = load_prior("image"), SpaceVaryingBlur("valid")
+    small, quick = y[..., :49, :49], dict(samples=1, steps=5)
+    plain = restore(small, k, prior, Blur("valid"), 0.02, **quick)
+    psfs = k[:, None, None].expand(-1, 2, 2, -1, -1, -1)
+    torch.testing.assert_close(restore(small, psfs, prior, varying, 0.02, **quick), plain, atol=1e-3, rtol=0)
+
+    psfs = shaken_psfs((2, 2), 9, extent=(0.9, 0.9), roll=1.5, seed=2)
+    x = dead_leaves(1, 104, seed=4)
+    y, inner = varying(x, psfs), x[..., 4:-4, 4:-4]
+    right, wrong = (
+        psnr(restore(y, p, prior, varying, 0.004, tile=64, samples=1, steps=10), inner, max_shift=2)
+        for p in (psfs, psfs.flip(1, 2))
+    )
+    assert right > psnr(y, inner, max_shift=2) + 3 and right > wrong + 3
+
+
+def test_restoring_a_higher_resolution():
+    x, k, coarse = dead_leaves(1, 104, seed=4), gaussian_kernels(1, 9, std=(1.2, 1.2), seed=0), Downsample(2)
+    y = coarse(x, k)
+    out = restore(y, k, load_prior("image"), coarse, 0.004, samples=1)
+    inner, cubic = x[..., 4:-4, 4:-4], F.interpolate(y, scale_factor=2, mode="bicubic")
+    assert out.shape == inner.shape
+    assert psnr(out, inner) > psnr(cubic, inner, max_shift=1) + 3
+    pieces = restore(y, k, load_prior("image"), coarse, 0.004, samples=1, tile=64)
+    assert psnr(pieces, inner) > psnr(out, inner) - 1
 
 
 @pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])

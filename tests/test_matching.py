@@ -1,3 +1,4 @@
+import itertools
 import math
 from functools import partial
 
@@ -9,7 +10,9 @@ from PIL import Image
 from blindlib import (
     Blur,
     Downsample,
+    FieldMoments,
     Moments,
+    SpaceVaryingBlur,
     dead_leaves,
     deblur,
     fit_flow,
@@ -19,11 +22,14 @@ from blindlib import (
     matching,
     mnc,
     motion_kernels,
+    shaken_psfs,
 )
 from blindlib.__main__ import main
 from blindlib.deblur import read_image, write_image
 from blindlib.matching import (
     Learned,
+    _OnePSF,
+    _positions,
     between,
     flow_loss,
     off_centre,
@@ -229,6 +235,88 @@ def test_the_blur_before_a_lower_resolution(sets):
     assert moments(found).max() < 1.3 and moments(k).max() < 1.3 and moments(blot).min() > 3
 
 
+# ------------------------------------------------------------------------------------- a blur that varies over a field
+
+ROLLED = shaken_psfs((2, 2), 7, extent=(0.9, 0.9), roll=1.2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def field_sets():
+    y = SpaceVaryingBlur("valid")(dead_leaves(150, 52, seed=1)[..., :46, :].mean(1, keepdim=True), ROLLED)
+    y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return dead_leaves(40, 46, seed=3).mean(1, keepdim=True), y
+
+
+def likeness(a, b):
+    return mnc(a.reshape(-1, 1, 7, 7), b.reshape(-1, 1, 7, 7))
+
+
+@pytest.mark.parametrize("length", [60, 130])
+def test_a_cells_tiles_are_simulated_as_the_field_blurs_them(length, g):
+    """As many tiles as a cell holds, at least one about its middle; with one PSF free and the others as they are."""
+    psfs = torch.rand(1, 2, 1, 1, 5, 5, generator=g).double()
+    whole = torch.randn(1, 1, length + 4, 34, generator=g).double()
+    field = FieldMoments(
+        torch.zeros(1, 1, 40, 40), torch.zeros(1, 1, length, 30), (2, 1), noise_std=0.01, kernel_size=5
+    )
+    y = SpaceVaryingBlur("valid")(whole, psfs)
+    for cell, first in (((0, 0), length // 4), ((1, 0), 3 * length // 4)):
+        corners = field._corners(cell)
+        assert len(corners) == (3 if length == 130 else 1) and field.side == 20
+        tops = [top for top, _ in corners]
+        assert abs((tops[0] + tops[-1] + 20) / 2 - first) <= 1 and all(left == 5 for _, left in corners)
+        assert [b - a for a, b in itertools.pairwise(tops)] == [20] * (len(tops) - 1)
+        blur = _OnePSF(psfs, cell, [(*c, length, 30) for c in corners])
+        scenes = torch.cat([whole[..., t : t + 24, left : left + 24] for t, left in corners])
+        expected = torch.cat([y[..., t : t + 20, left : left + 20] for t, left in corners])
+        for _ in range(2):
+            torch.testing.assert_close(blur(scenes, psfs[:, *cell]), expected)
+
+
+def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(field_sets):
+    moments = FieldMoments(*field_sets, (2, 2), noise_std=0.01, kernel_size=7)
+    alone = moments.retrieved()
+    found = moments.fit(alone, steps=20)
+    one = retrieved_kernel(*field_sets, noise_std=0.01, kernel_size=7)[:, None, None].expand_as(ROLLED)
+    means = {name: float(likeness(f, ROLLED).mean()) for name, f in (("one", one), ("alone", alone), ("found", found))}
+    assert means["found"] > max(0.9, means["one"] + 0.05, means["alone"] + 0.02), means
+    torch.testing.assert_close(found.sum((-2, -1)), torch.ones(1, 2, 2, 1))
+    assert moments(found).max() < 1.3 < moments(one).min() and moments(ROLLED).max() < 1.3
+
+
+def test_networks_know_where_in_the_field_a_patch_lies(g):
+    y = torch.zeros(400, 1, 4, 6)
+    at = _positions([(0, 0)] * 400, (8, 12), y, g)
+    right = (at[:, :, 0, 0] == at[:, :, 0, 0].mode(0).values).all(1)
+    assert at.shape == (400, 2, 4, 6) and 0.72 < right.float().mean() < 0.88, "one in five is told a wrong place"
+    torch.testing.assert_close(at[right][0, 0, :, 0], torch.tensor([-7, -5, -3, -1]) / 8)
+    torch.testing.assert_close(at[right][0, 1, 0], torch.tensor([-11, -9, -7, -5, -3, -1]) / 12)
+    assert at.abs().max() < 1
+
+
+def test_learning_a_grid_of_psfs(field_sets, tmp_path):
+    clean, degraded = field_sets
+    quick = dict(patch=8, batch=4, seed=0)
+    flow = fit_flow(degraded, steps=4, positions=True, net=TINY, **quick)
+    assert (flow.in_channels, flow.config["out_channels"]) == (3, 1)
+    blur, common = (
+        SpaceVaryingBlur("valid"),
+        dict(noise_std=0.01, kernel_size=7, grid=(2, 2), steps=2, flow=flow, **quick),
+    )
+    found = learn_operator(clean, degraded, blur, start=ROLLED, truth=ROLLED, **common)
+    assert found.kernel.shape == ROLLED.shape and found.history["mnc"][-1] > 0.95 and found.deviation.shape == (2, 3)
+    found.save(tmp_path / "field.safetensors")
+    assert torch.equal(load_operator(tmp_path / "field.safetensors"), found.kernel)
+    with pytest.raises(ValueError, match="start: expected shape \\(1, 2, 2, 1, 7, 7\\)"):
+        learn_operator(clean, degraded, blur, start=FLAT, **common)
+    with pytest.raises(ValueError, match="degraded: a blur that varies over the field needs images of one size"):
+        learn_operator(clean, [degraded[0], degraded[1, :, :-1]], blur, **common)
+    with pytest.raises(ValueError, match="flow: a net of 3 channels, the images .and positions. have 1"):
+        learn_operator(clean, degraded, start=FLAT, **common)
+    with pytest.raises(TypeError, match="operator: a SpaceVaryingBlur has the moments of each cell"):
+        Moments(clean, degraded, blur, noise_std=0.01, kernel_size=7)
+
+
 # ------------------------------------------------------------------------------------------------ the whole thing
 
 
@@ -361,7 +449,7 @@ def test_images_of_any_size(sets):
             "clean: image 0 has 40x20 pixels, 22x22",
         ),
         (dict(noise_std=None), ValueError, "noise_std: has to be given with a start"),
-        (dict(operator=print), TypeError, "operator: expected a Blur or a Downsample, got built"),
+        (dict(operator=print), TypeError, "operator: expected a Blur, Downsample or SpaceVaryingBlur, got built"),
         (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
     ],
 )
@@ -423,6 +511,19 @@ def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
     assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
     expected = deblur(photo, kernel=kernel, progress=False).image
+    torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
+
+
+def test_a_grid_from_two_folders(folders, capsys):
+    write_image(read_image(folders / "degraded" / "a.png").flip(-1), folders / "degraded" / "e.png")
+    assert main(arguments(folders, "--grid", "1x2", "--kernel-out", folders / "psfs.png")) == 0
+    said = capsys.readouterr().out
+    assert "skipped: 1 photographs that are not 40x40 pixels" in said and "4 clean and 3 degraded" not in said
+    psfs = load_operator(folders / "operator.safetensors")
+    assert psfs.shape == (1, 1, 2, 1, 7, 7) and read_image(folders / "psfs.png").shape == (1, 3, 7, 14)
+    photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
+    assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
+    expected = deblur(photo, kernel=psfs, progress=False).image
     torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
 
 

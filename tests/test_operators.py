@@ -225,6 +225,19 @@ def test_psfs_are_looked_up_where_they_should_be(weights_at, g):
     torch.testing.assert_close(ours.flatten(), matrix @ image.flatten())
 
 
+@pytest.mark.parametrize("weights_at", ["sensor", "scene"])
+def test_a_part_of_a_field_is_blurred_as_in_the_whole(weights_at, g):
+    blur, psfs = SpaceVaryingBlur("valid", weights_at=weights_at), grid_of_psfs(1, 3, 4, 1, 4, 3, g=g)
+    scene = torch.randn(2, 3, 33, 26, generator=g).double()
+    whole = blur(scene, psfs)
+    for top, left, h, w in ((0, 0, 8, 6), (22, 3, 8, 21), (11, 9, 5, 7)):
+        part = blur(scene[..., top : top + h + 3, left : left + w + 2], psfs, part=(top, left, 30, 24))
+        torch.testing.assert_close(part, whole[..., top : top + h, left : left + w])
+    for wrong in (blur, SpaceVaryingBlur("zero")):
+        with pytest.raises(ValueError, match="part: 30x24 pixels|part: 33x26 pixels"):
+            wrong(scene, psfs, part=(1, 0, 30, 24))
+
+
 @pytest.mark.parametrize("operator", [*VARYING, *[Downsample(2, b) for b in BOUNDARIES], Downsample(3)], ids=repr)
 def test_adjoint_and_proximal_map(operator, g):
     varying = isinstance(operator, SpaceVaryingBlur)

@@ -10,10 +10,12 @@ from blindlib import (
     defocus_kernels,
     gaussian_kernels,
     kolmogorov_tilts,
+    lens_psfs,
     linear_kernels,
     mixed_tilts,
     mnc,
     motion_kernels,
+    shaken_psfs,
     text_images,
     tilt_fields,
 )
@@ -55,6 +57,37 @@ def test_motion_kernels_have_the_stated_extent_and_are_thin_and_uneven():
     assert peaks.median() > 1.3, "the camera moves too evenly"
     pairs = mnc(k[:100], k[100:])
     assert 0.2 < pairs.mean() < 0.8, "the kernels are all alike, or nothing alike"
+
+
+@pytest.mark.parametrize("make", [shaken_psfs, lens_psfs])
+def test_psfs_over_a_field_are_kernels_that_differ(make):
+    psfs = make((3, 4), 15)
+    assert psfs.shape == (1, 3, 4, 3 if make is lens_psfs else 1, 15, 15) and (psfs >= 0).all()
+    flat, axis = psfs.reshape(-1, 1, 15, 15), torch.arange(15.0) - 7
+    torch.testing.assert_close(flat.sum((1, 2, 3)), torch.ones(len(flat)))
+    assert (flat.sum(2)[:, 0] @ axis).abs().max() < 0.2 and (flat.sum(3)[:, 0] @ axis).abs().max() < 0.2
+    assert mnc(psfs[:, 0, 0, :1], psfs[:, 1, 1, :1]) < 0.95
+
+
+def test_shake_without_roll_is_the_same_everywhere():
+    psfs = shaken_psfs((2, 3), 15, roll=0.0, seed=4)
+    torch.testing.assert_close(psfs, psfs[:, :1, :1].expand_as(psfs))
+    assert not torch.equal(psfs, shaken_psfs((2, 3), 15, roll=0.0, seed=5))
+
+
+def test_a_lens_blurs_its_corners_most_and_blue_most_and_is_the_same_in_a_mirror():
+    psfs = lens_psfs((5, 5), 15, centre=1.0, corner=4.0, colour=0.3, vignetting=0.8)[0]
+    wide = 1 / psfs.square().sum((-2, -1))  # pixels that share the light
+    assert (wide[0, 0] > wide[1, 1]).all() and (wide[1, 1] > wide[2, 2]).all()
+    assert (wide[..., 2] > wide[..., 1]).all() and (wide[..., 1] > wide[..., 0]).all()
+    torch.testing.assert_close(psfs, psfs.flip(0, -2))
+    torch.testing.assert_close(psfs, psfs.transpose(0, 1).transpose(-2, -1))
+    round_ = lens_psfs((3, 3), 15, centre=3.0, corner=3.0, colour=0.0, vignetting=0.0)[0]
+    torch.testing.assert_close(round_, round_[:1, :1].expand_as(round_))
+    assert 1 / round_[0, 0, 0].max() == pytest.approx(np.pi * 9, rel=0.03)
+    for wrong in (dict(size=5), dict(centre=0), dict(vignetting=2.0)):
+        with pytest.raises(ValueError, match="size: a window of 5|centre, corner"):
+            lens_psfs((2, 2), **dict(size=15, corner=2.5) | wrong)
 
 
 def test_gaussian_kernels_have_the_stated_deviation():

@@ -1,0 +1,490 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Space-varying blur and super-resolution: operators with more to them than one kernel
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/07_space_varying_and_superresolution.ipynb)
+#
+# **What you will see.** Real blur is not the same everywhere. A camera that rolls smears the corners more than the
+# middle, and a lens at full aperture is sharp only on its axis, for one colour. From pictures *without any pair* we
+# learn a whole grid of point spread functions (PSFs), for a rolling camera and for a lens in three colours with the
+# noise unknown, and undo it. Then the other extension: the sensor that is too coarse. From a *single* small photograph
+# we find the blur before its pixels, and give back the photograph at twice its resolution.
+#
+# **What you need.** The notebook `06_distribution_matching`, whose methods are used here. No GPU: about
+# ten minutes on two CPU cores.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("blindlib") is None:  # on Colab, say
+    print("installing blindlib ...")
+    source = "blindlib[notebooks] @ git+https://github.com/blindlib/blindlib"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+
+# %% tags=["parameters"]
+preset = "cpu"  # "ci": a minute; "cpu": minutes on a laptop; "gpu": the real sizes
+seed = 0
+device = "auto"
+
+# %%
+import time
+
+import torch
+import torch.nn.functional as F
+from skimage import data
+
+from blindlib import (
+    Downsample,
+    FieldMoments,
+    Moments,
+    SpaceVaryingBlur,
+    dead_leaves,
+    deblur,
+    display,
+    fit_flow,
+    gaussian_kernels,
+    learn_operator,
+    lens_psfs,
+    load_prior,
+    mnc,
+    psnr,
+    retrieved_kernel,
+    shaken_psfs,
+)
+from blindlib.deblur import read_image, restore
+from blindlib.operators import seen
+
+sizes = {
+    "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "fit": 8, "patch": 16, "flow": 4,
+           "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "samples": 1, "blind": 5, "kernel_sr": 9,
+           "fit_sr": 20, "part": 24},
+    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "fit": 25, "patch": 32, "flow": 150,
+            "steps": 20, "batch": 16, "held_out": 2, "lens": (3, 3), "samples": 2, "blind": 30, "kernel_sr": 13,
+            "fit_sr": 60, "part": 64},
+    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "fit": 60, "patch": 64,
+            "flow": 20_000, "steps": 5000, "batch": 128, "held_out": 8, "lens": (8, 8), "samples": 4, "blind": 60,
+            "kernel_sr": 15, "fit_sr": 200, "part": 128},
+}[preset]  # fmt: skip
+grid, window, side = sizes["grid"], sizes["kernel"], sizes["field"]
+grow = window - 1  # a sensor sees less than what its light comes from
+noise_std = 0.01  # on the [-1, 1] scale of our images
+grey_noise = noise_std / 3**0.5  # that of a mean of three colours
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# %% [markdown]
+# ## A grid of PSFs
+#
+# Let $h_i$ be the PSF in the middle of cell $i$ of the field, and $w_i$ its share at each pixel: one in the middle of
+# the cell, falling linearly to zero at the middles of the neighbours. Then
+#
+# $$ y = \sum_i w_i \cdot (h_i * x) \qquad\text{or}\qquad y = \sum_i h_i * (w_i \cdot x) . $$
+#
+# The first asks at the pixel that *receives* which PSF holds there; the second at the point that *sends*, which is what
+# light does. They are not the same, and libraries differ in their choice: blindlib calls them `weights_at="sensor"` and
+# `"scene"`. Where PSFs change little over their own width, it hardly matters.
+#
+# Our camera shakes and rolls. Shake moves all points alike, roll moves each by its distance from the middle. The
+# tracks of points over the field:
+
+# %%
+psfs = shaken_psfs(grid, window, extent=(0.8, 0.8), roll=0.6, seed=seed + 1).to(device)
+
+
+def mosaic(psfs):
+    """PSFs (1, rows, columns, C, K, K) side by side as one picture (C, rows K, columns K), each as bright as can be."""
+    psfs = psfs[0] / psfs[0].amax((-3, -2, -1), keepdim=True)
+    picture = psfs.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return picture if len(picture) == 1 else 2 * picture - 1  # as the display takes kernels and colours
+
+
+def likeness(a, b):
+    """MNC of each PSF of a field, (rows, columns); colours averaged."""
+    k = a.shape[-1]
+    return mnc(a.reshape(-1, 1, k, k), b.reshape(-1, 1, k, k)).view(a.shape[1:4]).mean(-1)
+
+
+uniform = psfs.mean((1, 2))
+alike = likeness(uniform[:, None, None].expand_as(psfs), psfs).mean().item()
+print(f"MNC of the mean of all PSFs with each of them: {alike:.3f}")
+figure = display.show({"PSFs over the field": mosaic(psfs), "their mean": uniform[0]}, size=2.6)
+
+# %% [markdown]
+# ## The operator in plain PyTorch
+#
+# Interpolate the PSFs at each pixel, and gather:
+
+
+# %%
+def shares(n, length):
+    """Bilinear shares (n, length) of n cells along an axis."""
+    at = (torch.arange(length, device=device) + 0.5) * n / length - 0.5
+    return (1 - (at.clamp(0, n - 1) - torch.arange(n, device=device)[:, None]).abs()).clamp(min=0)
+
+
+def varying_blur(x, psfs):
+    """x (B, C, H, W), psfs (rows, columns, K, K)."""
+    k = psfs.shape[-1]
+    h, w = x.shape[-2] - k + 1, x.shape[-1] - k + 1
+    own = torch.einsum("ih,jw,ijkl->klhw", shares(psfs.shape[0], h), shares(psfs.shape[1], w), psfs)
+    neighbours = x.unfold(2, k, 1).unfold(3, k, 1)  # (B, C, h, w, K, K)
+    return torch.einsum("bchwkl,klhw->bchw", neighbours, own.flip(0, 1))  # a convolution turns the kernel
+
+
+field_blur = SpaceVaryingBlur("valid")
+probe = dead_leaves(2, side + grow, seed=seed, device=device)
+agreement = (varying_blur(probe, psfs[0, :, :, 0]) - field_blur(probe, psfs)).abs().max().item()
+assert agreement < 1e-4
+at_scene = SpaceVaryingBlur("valid", weights_at="scene")(probe, psfs)
+between_orders = (at_scene - field_blur(probe, psfs)).square().mean().sqrt().item()
+print(f"largest difference from blindlib's: {agreement:.1e}")
+print(f"root mean square between 'sensor' and 'scene': {between_orders:.4f}, the noise {noise_std}")
+
+# %% [markdown]
+# ## The two sets
+#
+# As in notebook 06: many degraded pictures, some clean ones of other scenes, no pair. Each scene is photographed
+# twice, the second time with the camera upside down.
+
+# %%
+if preset != "ci":
+    print("about a minute: scenes are made")
+
+
+def scenes(n, seed, size=side + grow):
+    """Sharp scenes, colour, (n, 3, size, size); made in pieces to spare memory."""
+    return torch.cat([dead_leaves(min(20, n - i), size, seed=seed + i, device=device) for i in range(0, n, 20)])
+
+
+def noisy(y, seed):
+    return y + noise_std * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.device)
+
+
+base = 1_000_000 * (seed + 1)
+sharp, clean = scenes(sizes["scenes"], base), scenes(sizes["clean"], base + 500_000)
+sharp = torch.cat([sharp, sharp.flip(-2, -1)])
+degraded = noisy(torch.cat([field_blur(x, psfs) for x in sharp.split(50)]), seed).mean(1, keepdim=True)
+clean_grey = clean.mean(1, keepdim=True)
+figure = display.show(
+    {"degraded" if i == 0 else (0, i): degraded[i].expand(3, -1, -1) for i in range(5)}
+    | {"clean, of other scenes" if i == 0 else (1, i): clean_grey[i].expand(3, -1, -1) for i in range(5)},
+    columns=5,
+    size=1.7,
+)
+
+# %% [markdown]
+# ## One cell after the other
+#
+# What notebook 06 did for one kernel could be done for each cell: take from all pictures the part where the cell is,
+# retrieve a kernel from its power spectrum, fit its moments. But within a cell the blur is not uniform, and
+# then *no* kernel has the right moments: the mean of $|H_p|^2$ over positions $p$ is not $|{\rm mean}\, H_p|^2$. So the
+# simulated tiles are blurred by the whole grid, interpolated, and the PSF of the cell is fitted with its neighbours
+# held fixed. Then the next cell. In code:
+#
+# ```python
+# psfs = [retrieved_kernel(clean, tiles(cell)) for cell in cells]     # each for itself
+# for cell in cells:                                                   # coordinate descent
+#     def simulate(x, h): return share(cell) * (h * x) + sum(share(c) * (psfs[c] * x) for c in cells if c != cell)
+#     psfs[cell] = Moments(clean, tiles(cell), simulate).fit(psfs[cell])
+# ```
+#
+# This is `FieldMoments`:
+
+# %%
+if preset != "ci":
+    print("two to four minutes on two CPU cores")
+began = time.perf_counter()
+moments = FieldMoments(clean_grey, degraded, grid, noise_std=grey_noise, kernel_size=window, seed=seed)
+alone = moments.retrieved().to(device)
+fitted = moments.fit(alone, steps=sizes["fit"], progress=True)
+seconds_fit = time.perf_counter() - began
+everywhere = retrieved_kernel(clean_grey, degraded, noise_std=grey_noise, kernel_size=window, seed=seed).to(device)
+everywhere = everywhere[:, None, None].expand_as(psfs)
+fields = {"one for all": everywhere, "each cell alone": alone, "with neighbours": fitted, "truth": psfs}
+scores = {name: likeness(f, psfs) for name, f in fields.items()}
+for name, s in scores.items():
+    print(f"{name:18} MNC mean {s.mean():.3f}, least {s.min():.3f}")
+figure = display.show({f"{n}\nMNC {scores[n].mean():.3f}": mosaic(f) for n, f in fields.items()}, size=2.4)
+_ = display.save_figure(figure, "07_field_psfs.png")
+
+# %% [markdown]
+# **And with networks**, as in the paper ([DDM4IP](https://arxiv.org/abs/2506.14605)): the same `learn_operator`. The
+# velocity nets get two more channels which tell where in the field a patch lies, so that they can know what blur is
+# usual there. A start by moments leaves them little to do; on a CPU they have minutes, not hours.
+
+# %%
+if preset != "ci":
+    print("one to two minutes on two CPU cores")
+flow = fit_flow(degraded, patch=sizes["patch"], steps=sizes["flow"], batch=sizes["batch"], positions=True, seed=seed,
+                device=device, progress=True)  # fmt: skip
+learned = learn_operator(
+    clean_grey, degraded, field_blur, grid=grid, noise_std=grey_noise, kernel_size=window, patch=sizes["patch"],
+    steps=sizes["steps"], batch=sizes["batch"], start=fitted, flow=flow, truth=psfs, seed=seed, device=device,
+    progress=True,
+)  # fmt: skip
+found = learned.kernel.to(device)
+mnc_networks = learned.history["mnc"][-1].item()
+print(f"MNC: moments {scores['with neighbours'].mean():.3f}, then networks {mnc_networks:.3f}")
+print(f"largest mismatch: {learned.deviation[0].max():.2f} at the start, {learned.deviation[1].max():.2f} at the end")
+
+# %% [markdown]
+# ## Undo it
+#
+# Pictures that were in neither set, restored by DiffPIR with the shipped prior. Its proximal step asks for
+# $(A^\top A + \rho)^{-1}$; without a closed form for a varying blur, conjugate gradients solve it. Beside: the truth
+# instead of what was learned, the same kernel everywhere, and `deblur`, which has one picture alone and assumes one
+# kernel.
+
+# %%
+if preset != "ci":
+    print("two to three minutes on two CPU cores")
+prior = load_prior("image", device=device)
+held_out = scenes(sizes["held_out"], base + 900_000)
+measured = noisy(field_blur(held_out, psfs), seed + 1)
+truth = held_out[..., *seen(held_out.shape[-2:], (window, window))]
+
+
+def undo(psfs):
+    return torch.cat(
+        [restore(y, psfs, prior, field_blur, noise_std, samples=sizes["samples"]) for y in measured.split(1)]
+    )
+
+
+restored = {n: undo(f) for n, f in (("true PSFs", psfs), ("learned", found), ("one for all", everywhere))}
+single = [deblur(y, steps=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
+          for y in measured.split(1)]  # fmt: skip
+restored["deblur, one picture"] = torch.cat([r.image for r in single]).to(device)
+
+
+def score(x):
+    return psnr(x, truth, max_shift=2).mean().item()
+
+
+table = {"blurred": score(measured)} | {name: score(x) for name, x in restored.items()}
+print(f"mean PSNR of {len(truth)} pictures [dB]")
+for name, db in table.items():
+    print(f"{name:22} {db:6.2f}")
+shown = {}
+for i in range(min(2, len(truth))):
+    shown |= {"blurred" if i == 0 else (i, "blurred"): measured[i]}
+    shown |= {name if i == 0 else (i, name): x[i] for name, x in restored.items()}
+    shown |= {"truth" if i == 0 else (i, "truth"): truth[i]}
+figure = display.show(shown, columns=2 + len(restored), size=1.7)
+_ = display.save_figure(figure, "07_field_restored.png")
+
+# %% [markdown]
+# ## A lens, calibrated with two apertures
+#
+# Stopped down, the lens is sharp, wide open it is not. Photograph anything with both, never the same thing twice. The
+# blur wide open: defocus that grows towards the corners, cut to a cat's eye by the barrel, and of another size for each
+# colour. Now the noise is not known either; the fit finds it with the PSFs. Each colour is learned by itself.
+
+# %%
+if preset != "ci":
+    print("two to four minutes on two CPU cores")
+lens = lens_psfs(sizes["lens"], window, corner=0.28 * window, colour=0.2).to(device)
+wide_open = noisy(torch.cat([field_blur(x, lens) for x in sharp.split(50)]), seed + 2)
+began = time.perf_counter()
+colours, noise_found = [], []
+for c in range(3):
+    one = FieldMoments(clean[:, c : c + 1], wide_open[:, c : c + 1], sizes["lens"], noise_std=None, kernel_size=window)
+    colours.append(one.fit(one.retrieved().to(device), steps=sizes["fit"]))
+    noise_found.append(one.noise_std.item())
+calibrated = torch.cat(colours, dim=3)
+seconds_lens = time.perf_counter() - began
+mnc_lens = mnc(calibrated.reshape(-1, 1, window, window), lens.reshape(-1, 1, window, window))
+print(f"MNC of {len(mnc_lens)} PSFs: mean {mnc_lens.mean():.3f}, least {mnc_lens.min():.3f}")
+print("noise found for red, green, blue:", ", ".join(f"{n:.4f}" for n in noise_found), f"(true: {noise_std})")
+
+blurred = noisy(field_blur(held_out, lens), seed + 3)
+sharpened = {
+    n: torch.cat([restore(y, f, prior, field_blur, noise_std, samples=sizes["samples"]) for y in blurred[:1].split(1)])
+    for n, f in (("true PSFs", lens), ("calibrated", calibrated))
+}
+table_lens = {n: psnr(x, truth[:1], max_shift=2).item() for n, x in {"blurred": blurred[:1], **sharpened}.items()}
+print("PSNR [dB]:", ", ".join(f"{n} {v:.2f}" for n, v in table_lens.items()))
+figure = display.show(
+    {"PSFs": mosaic(lens), "calibrated": mosaic(calibrated), "wide open": blurred[0]}
+    | {f"restored, {n}": x[0] for n, x in sharpened.items()} | {"truth": truth[0]},
+    size=1.9,
+)  # fmt: skip
+_ = display.save_figure(figure, "07_lens.png")
+
+# %% [markdown]
+# ## Twice the resolution, from a single photograph
+#
+# A coarse sensor blurs, then keeps every second pixel. There is one photograph and nothing else. What set of clean
+# pictures is there to match? **The photograph itself:** the world has details at all sizes, so a photograph made
+# smaller by the right operator looks, as a set of patches, like the photograph (Michaeli & Irani 2013; Bell-Kligler et
+# al. 2019 train a GAN on it). So we match the small photograph, degraded once more, with itself. Beside it: other
+# photographs as the clean set.
+
+# %%
+coarse, size_sr = Downsample(2), sizes["kernel_sr"]
+shift = {"astronaut": (120, 110), "coffee": (100, 120)}  # what of the small photograph is shown and scored
+bundled = {n: read_image(getattr(data, n)()).to(device) for n in ("astronaut", "coffee", "chelsea", "rocket")}
+blot = gaussian_kernels(1, size_sr, std=(size_sr / 8, size_sr / 8), seed=0)
+
+
+def bicubic(y):
+    """Cubic interpolation of y at the fine pixels, of which every second one is where a coarse one is."""
+    h, w = y.shape[-2:]
+    at = [torch.arange(2 * n, device=y.device) / 2 for n in (h, w)]
+    at = [2 * (a + 0.5) / n - 1 for a, n in zip(at, (h, w), strict=True)]
+    grid = torch.stack(torch.meshgrid(at[1], at[0], indexing="xy"), -1)[None]
+    return F.grid_sample(y, grid, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+rows, pictures = {}, {}
+for i, name in enumerate(("astronaut", "coffee")):
+    k = gaussian_kernels(1, size_sr, std=(0.8, 2.0), seed=seed + 10 + i).to(device)
+    small = noisy(coarse(bundled[name], k), seed + 4)
+    grey = small.mean(1, keepdim=True)
+    kernels = {"true kernel": k}
+    others = [x[0].mean(0, keepdim=True) for other, x in bundled.items() if other != name]
+    for of, sharper in {"itself": grey, "other photographs": others}.items():
+        fit = Moments(sharper, grey, coarse, noise_std=grey_noise, kernel_size=size_sr, seed=seed)
+        kernels[of] = fit.fit(blot, steps=sizes["fit_sr"], learning_rate=4e-3).to(device)
+    top, left = shift[name]
+    n = sizes["part"]
+    part = small[..., top : top + n, left : left + n]
+    inside = bundled[name][..., *seen(bundled[name].shape[-2:], (size_sr, size_sr))]
+    whole = inside[..., 2 * top : 2 * (top + n), 2 * left : 2 * (left + n)]
+    made = {"bicubic": bicubic(part)}
+    for of, one in kernels.items():
+        made[of] = restore(part, one, prior, coarse, noise_std, samples=sizes["samples"])
+    for of, x in made.items():
+        likely = mnc(kernels[of], k).item() if of in kernels else float("nan")
+        rows[name, of] = psnr(x, whole, max_shift=2).item(), likely
+    pictures |= {"coarse" if i == 0 else (name, "coarse"): part[0]}
+    pictures |= {of if i == 0 else (name, of): x[0] for of, x in made.items()}
+    pictures |= {"truth" if i == 0 else (name, "truth"): whole[0]}
+print("                                   PSNR [dB]    MNC")
+for (name, of), (db, likely) in rows.items():
+    print(f"{name:12} {of:20} {db:9.2f}   {likely:6.3f}")
+figure = display.show(pictures, columns=6, size=1.7)
+_ = display.save_figure(figure, "07_superresolution.png")
+
+# %% [markdown]
+# ## Where it fails
+#
+# **A PSF that no tile holds.** Cells smaller than about four PSFs need tiles larger than cells, and PSFs of
+# neighbours are then hard to tell apart. And where the blur of one *picture* differs from that of the next, as with
+# camera shake in real life, there is no common field at all: distribution matching is for faults of the camera, not of
+# the hand.
+#
+# **A photograph that is not sharp at its own scale.** Super-resolution from the photograph itself takes its details to
+# be as sharp as they can be. Is it softer at all, as the pictures of a camera with an optical low-pass filter are, the
+# kernel comes out wrong by just that softness. The same experiment with a photograph that was softened before:
+
+# %%
+soft = gaussian_kernels(1, 9, std=(1.5, 1.5), seed=0).to(device)
+dull = noisy(coarse(SpaceVaryingBlur("reflect")(bundled["coffee"], soft[:, None, None]), k), seed + 5)
+dull = dull.mean(1, keepdim=True)
+fit = Moments(dull, dull, coarse, noise_std=grey_noise, kernel_size=size_sr, seed=seed)
+mnc_dull = mnc(fit.fit(blot, steps=sizes["fit_sr"], learning_rate=4e-3).to(device), k).item()
+print(f"MNC from the photograph itself: {rows['coffee', 'itself'][1]:.3f}, from a softened one: {mnc_dull:.3f}")
+
+# %% [markdown]
+# ## Play with it
+#
+# Any place of the field, and the PSF that was learned there:
+
+# %%
+places = {}
+for i in range(grid[0]):
+    for j in range(grid[1]):
+        h, w = (length // n for length, n in zip(truth.shape[-2:], grid, strict=True))
+        cut = (slice(None), slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
+        places[i + 1, j + 1] = {
+            "blurred": measured[0][cut], "restored": restored["learned"][0][cut], "truth": truth[0][cut],
+            f"learned PSF, MNC {scores['with neighbours'][i, j]:.2f}": found[0, i, j], "true PSF": psfs[0, i, j],
+        }  # fmt: skip
+display.chooser(places, ["row", "column"])
+
+# %%
+_ = display.record(
+    "07_space_varying_and_superresolution",
+    preset=preset,
+    seed=seed,
+    agreement=agreement,
+    sensor_scene=between_orders,
+    mnc_mean_of_all=alike,
+    **{f"mnc_{n.replace(' ', '_')}": s.mean().item() for n, s in scores.items() if n != "truth"},
+    mnc_networks=mnc_networks,
+    mismatch_start=learned.deviation[0].max().item(),
+    mismatch_end=learned.deviation[1].max().item(),
+    seconds_fit=seconds_fit,
+    **{f"psnr_{n.replace(', ', '_').replace(' ', '_')}": db for n, db in table.items()},
+    mnc_lens=mnc_lens.mean().item(),
+    noise_lens=sum(noise_found) / 3,
+    seconds_lens=seconds_lens,
+    **{f"psnr_lens_{n.replace(' ', '_')}": db for n, db in table_lens.items()},
+    **{f"psnr_{n}_{of.replace(' ', '_')}": v[0] for (n, of), v in rows.items()},
+    **{f"mnc_{n}_{of.replace(' ', '_')}": v[1] for (n, of), v in rows.items() if of in ("itself", "other photographs")},
+    mnc_dull=mnc_dull,
+)
+
+# %% [markdown]
+# ## Exercises
+#
+# **1. The order of blur and share.** Make the degraded pictures with `weights_at="scene"` and learn with `"sensor"`, as
+# if you had mixed them up. What does it cost?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# mixed = SpaceVaryingBlur("valid", weights_at="scene")
+# y = noisy(torch.cat([mixed(x, psfs) for x in sharp.split(50)]), seed).mean(1, keepdim=True)
+# other = FieldMoments(clean_grey, y, grid, noise_std=grey_noise, kernel_size=window)
+# print(likeness(other.fit(fitted, steps=10), psfs).mean())
+# ```
+#
+# Little: PSFs of ours change slowly over the field.
+# </details>
+#
+# **2. How fine a grid?** Learn the same blur on a grid of 2x2 PSFs, and on one of 6x6. Compare `FieldMoments` at each:
+# its mismatch is a $\chi^2$, and needs no truth.
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for n in (1, 2, 4, 6):
+#     m = FieldMoments(clean_grey, degraded, (n, n), noise_std=grey_noise, kernel_size=window)
+#     print(n, m(m.fit(m.retrieved())))
+# ```
+#
+# Too coarse a grid cannot follow the blur, and the mismatch says so.
+# </details>
+#
+# **3. Your own lens.** Put photographs of two apertures into two folders, all of one size:
+#
+# ```
+# python -m blindlib learn-operator --clean f8 --degraded f1.4 --grid 6x9 --out lens.safetensors
+# python -m blindlib deblur photo.jpg --operator lens.safetensors --out sharp.png
+# ```
+#
+# ## References
+#
+# - G. Meanti, T. Ryckeboer, M. Arbel, J. Mairal, *Unsupervised Imaging Inverse Problems with Diffusion Distribution
+#   Matching* (DDM4IP), ICCV 2025, [arXiv 2506.14605](https://arxiv.org/abs/2506.14605).
+# - O. Whyte, J. Sivic, A. Zisserman, J. Ponce, *Non-uniform Deblurring for Shaken Images*, IJCV 2012.
+# - T. Michaeli, M. Irani, *Nonparametric Blind Super-Resolution*, ICCV 2013.
+# - S. Bell-Kligler, A. Shocher, M. Irani, *Blind Super-Resolution Kernel Estimation using an Internal-GAN*,
+#   NeurIPS 2019, [arXiv 1909.06581](https://arxiv.org/abs/1909.06581).
+# - Y. Zhu et al., *Denoising Diffusion Models for Plug-and-Play Image Restoration* (DiffPIR), CVPRW 2023,
+#   [arXiv 2305.08995](https://arxiv.org/abs/2305.08995).
