@@ -52,6 +52,7 @@ from blindlib.simulate import (
     text_images,
     tilt_fields,
 )
+from blindlib.turbulence import mitigate, register
 from blindlib.unet import UNet
 
 __all__ = [
@@ -98,11 +99,13 @@ __all__ = [
     "load_kernel_denoiser",
     "load_operator",
     "load_prior",
+    "mitigate",
     "mixed_tilts",
     "mnc",
     "motion_kernels",
     "prior_denoiser",
     "psnr",
+    "register",
     "retrieved_kernel",
     "sample",
     "shaken_psfs",

@@ -312,7 +312,7 @@ def find_kernels(
     common["seed"] = [seed + i for i in range(starts)]
     options = dict(steps=steps, guidance=guidance, start=start, start_time=START_TIME, **common)
     run = sample(y.expand(starts, -1, -1, -1), blur, priors, **options)
-    refined = recentred(_cleaned(run.kernel))
+    refined = recentred(cleaned(run.kernel))
     kernels = torch.cat([refined, found[order[:starts]]])
     rest = torch.cat([unexplained(y, refined, priors["image"], blur, noise_std)[0], rest[order[:starts]]])
     order = rest.argsort()[:starts]
@@ -454,7 +454,7 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     return y[..., top : top + side, left : left + side], (top, left, side)
 
 
-def _cleaned(kernel: Tensor) -> Tensor:
+def cleaned(kernel: Tensor) -> Tensor:
     """Kernels without the faint haze below 3 % of the peak, which is noise of the sampler."""
     k = torch.where(kernel < 0.03 * kernel.amax((2, 3), keepdim=True), 0, kernel)
     return k / k.sum((2, 3), keepdim=True)
