@@ -592,8 +592,8 @@ class Moments:
         out = [(mean.log(), (power.var(0, correction=0) / n / mean**2).detach())]
         edges = torch.fft.irfft2(d, s=(side, side))
         size = edges.detach().square().sum((1, 2), keepdim=True)
-        for strongest in self.shares:
-            least = size.flatten(1).quantile(1 - strongest, dim=1).view(-1, 1, 1, 1, 1)
+        for least in size.flatten(1).quantile(1 - torch.tensor(self.shares, device=y.device), dim=1):
+            least = least.view(-1, 1, 1, 1, 1)
             strong = edges * (size > least)
             strong = strong / (strong.square().mean((1, 2, 3, 4), keepdim=True) + 1e-4).sqrt()
             s = torch.fft.rfft2(strong)
@@ -652,8 +652,9 @@ class FieldMoments:
 
     def retrieved(self) -> Tensor:
         """Each cell's :func:`retrieved_kernel`, as if it were blurred uniformly: (1, rows, columns, 1, K, K)."""
-        options = {k: v for k, v in self.options.items() if k != "device"} | {"noise_std": float(self.noise_std)}
-        cells = [retrieved_kernel(self.clean, self._tiles(cell), **options, starts=32) for cell in self._cells()]
+        options = {name: self.options[name] for name in ("kernel_size", "seed")}
+        options |= dict(noise_std=self.options["noise_std"] or 0.0, starts=32)
+        cells = [retrieved_kernel(self.clean, self._tiles(cell), **options) for cell in self._cells()]
         return torch.stack(cells, 1).unflatten(1, self.grid)
 
     def __call__(self, psfs: Tensor) -> Tensor:
@@ -661,14 +662,16 @@ class FieldMoments:
         with torch.no_grad():
             return torch.stack([self._moments(cell, psfs)(psfs[:, *cell]).cpu() for cell in self._cells()]).mean(0)
 
-    def fit(self, start: Tensor, *, steps: int = 25, learning_rate: float = 3e-3, progress: bool = False) -> Tensor:
-        """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: one after the other is fitted, once."""
+    def fit(
+        self, start: Tensor, *, sweeps: int = 2, steps: int = 15, learning_rate: float = 3e-3, progress: bool = False
+    ) -> Tensor:
+        """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
         psfs, levels = start.clone(), []
-        for cell in bar(self._cells(), "fitting PSFs", progress, unit="PSF"):
+        for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
             moments = self._moments(cell, psfs)
             psfs[:, *cell] = moments.fit(psfs[:, *cell], steps=steps, learning_rate=learning_rate).to(psfs)
             levels.append(moments.noise_std.cpu())
-        self.noise_std = torch.stack(levels).median()
+            self.noise_std = torch.stack(levels[-len(self._cells()) :]).median()
         return psfs
 
     def _cells(self) -> list[tuple[int, int]]:
@@ -690,7 +693,9 @@ class FieldMoments:
 
     def _moments(self, cell: tuple[int, int], psfs: Tensor) -> Moments:
         blur = _OnePSF(psfs, cell, [(*corner, *self.field) for corner in self._corners(cell)])
-        return Moments(self.clean, self._tiles(cell), blur, **self.options)
+        moments = Moments(self.clean, self._tiles(cell), blur, **self.options)
+        moments.noise_std = self.noise_std.to(moments.noise_std)
+        return moments
 
 
 class _OnePSF(Blur):

@@ -276,12 +276,19 @@ def test_a_cells_tiles_are_simulated_as_the_field_blurs_them(length, g):
 def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(field_sets):
     moments = FieldMoments(*field_sets, (2, 2), noise_std=0.01, kernel_size=7)
     alone = moments.retrieved()
-    found = moments.fit(alone, steps=20)
+    found = moments.fit(alone, sweeps=1, steps=20)
     one = retrieved_kernel(*field_sets, noise_std=0.01, kernel_size=7)[:, None, None].expand_as(ROLLED)
     means = {name: float(likeness(f, ROLLED).mean()) for name, f in (("one", one), ("alone", alone), ("found", found))}
     assert means["found"] > max(0.9, means["one"] + 0.05, means["alone"] + 0.02), means
     torch.testing.assert_close(found.sum((-2, -1)), torch.ones(1, 2, 2, 1))
     assert moments(found).max() < 1.3 < moments(one).min() and moments(ROLLED).max() < 1.3
+
+
+def test_the_noise_of_a_field_is_found_too(field_sets):
+    moments = FieldMoments(*field_sets, (1, 2), noise_std=None, kernel_size=7)
+    moments.fit(ROLLED.mean(1, keepdim=True), sweeps=2, steps=15)
+    assert float(moments.noise_std) == pytest.approx(0.01, rel=0.25)
+    assert moments(ROLLED.mean(1, keepdim=True)).max() < 2
 
 
 def test_networks_know_where_in_the_field_a_patch_lies(g):
