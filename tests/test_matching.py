@@ -469,7 +469,7 @@ def test_bad_input(change, error, message):
 def test_a_flow_that_does_not_fit(sets):
     clean, degraded, _ = sets
     flow = fit_flow(degraded[:, :1], patch=8, steps=1, batch=4, net=TINY)
-    with pytest.raises(ValueError, match="flow: a net of 1 channels, the images have 3"):
+    with pytest.raises(ValueError, match="flow: a net of 1 channels, the images .and positions. have 3"):
         tiny(clean, degraded, flow=flow)
     with pytest.raises(ValueError, match="patch: expected a multiple of the net's stride, 4, got 10"):
         fit_flow(degraded, patch=10, steps=1)
