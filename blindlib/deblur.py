@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from blindlib.em import EM_BOUNDARIES, fast_em
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
-from blindlib.sampler import DPS, DiffPIR, bar, sample
+from blindlib.sampler import DPS, DiffPIR, Result, bar, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -166,9 +166,7 @@ def deblur(
         say(f"finding the kernel from {part.shape[-1]}x{part.shape[-2]} pixels")
         options = dict(steps=steps, starts=starts, seed=seed, progress=progress)
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
-        # The kernel is not quite right either: what it cannot explain is noise to the restoration. A half more, since
-        # the picture that this was told from could adapt to the kernel.
-        kernels, stds = kernels[:samples], [max(noise_std, 1.5 * float(r)) for r in rest[:samples]]
+        kernels, stds = kernels[:samples], [with_misfit(noise_std, r) for r in rest[:samples]]
         sharp = (mnc(kernels, no_blur(1, window).to(kernels)) >= SHARP).tolist()
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
@@ -227,11 +225,11 @@ def restore(
         The scene where ``y`` saw it.
     """
     varying, factor = isinstance(operator, SpaceVaryingBlur), getattr(operator, "factor", 1)
-    options = dict(steps=steps, samples=samples, seed=seed, guidance=DiffPIR(noise_std=noise_std, strength=1.0))
 
     def mean(y: Tensor, k: Tensor, **place: object) -> Tensor:
         known = partial(operator, **{"psfs" if varying else "kernel": k}, **place)
-        return sample(y, known, {"image": prior}, **options).posterior("image").mean(1)
+        options = dict(steps=steps, samples=samples, seed=seed)
+        return restorations(y, known, prior, noise_std, **options).posterior("image").mean(1)
 
     if operator.boundary != "valid":
         return mean(y, kernel)
@@ -253,6 +251,43 @@ def restore(
         out[there] += ramp * inner
         weight[there] += ramp
     return out / weight
+
+
+def restorations(
+    y: Tensor, operator: Callable, prior: DiffusionPrior, noise_std: float, *, steps: int = 20, **options: object
+) -> Result:
+    """Posterior samples of the image behind ``y`` by DiffPIR, all else known; options are those of :func:`sample`."""
+    return sample(y, operator, {"image": prior}, steps=steps, guidance=DiffPIR(noise_std, strength=1.0), **options)
+
+
+def with_misfit(noise_std: float, rest: Tensor | float) -> float:
+    """The noise that a restoration should expect when the operator is not quite right: ``rest`` is unexplained.
+
+    A half more than that, since the picture that this was told from could adapt to the operator.
+    """
+    return max(noise_std, 1.5 * float(rest))
+
+
+def refine(
+    y: Tensor,
+    operator: Callable,
+    priors: Mapping[str, DiffusionPrior],
+    image: Tensor,
+    kernel: Tensor,
+    **options: object,
+) -> tuple[Result, Tensor]:
+    """The parallel diffusion (BlindDPS) from an image and a kernel, with little noise; options are :func:`sample`'s.
+
+    Returns
+    -------
+    tuple of Result and Tensor, shape (B, 1, K, K)
+        The run, and its kernels (the mean of several samples) centred and without the faint haze.
+    """
+    start = {"image": image, "kernel": kernel_to_latent(kernel)}
+    # Steps as long as in a run of 300, which has about as many at these times.
+    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
+    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=START_TIME, **options)
+    return run, recentred(_cleaned(run.posterior("kernel").mean(1)))
 
 
 def find_kernels(
@@ -299,20 +334,15 @@ def find_kernels(
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     em = dict(kernel_size=window, noise_std=noise_std, steps=EM_STEPS, kernel0=guesses, boundary=blur.boundary)
-    common = dict(seed=seed, progress=progress)
-    run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, **common)
+    run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, seed=seed, progress=progress)
     found = recentred(run.kernel)
     rest, _ = unexplained(y, found, priors["image"], blur, noise_std)
     order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
     best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
-    start = {"image": run.image[best], "kernel": kernel_to_latent(run.kernel[best])}
-    # Steps as long as in a run of 300, which has about as many at these times.
-    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
-    common["seed"] = [seed + i for i in range(starts)]
-    options = dict(steps=steps, guidance=guidance, start=start, start_time=START_TIME, **common)
-    run = sample(y.expand(starts, -1, -1, -1), blur, priors, **options)
-    refined = recentred(cleaned(run.kernel))
+    options = dict(steps=steps, seed=[seed + i for i in range(starts)], progress=progress)
+    many = y.expand(starts, -1, -1, -1)
+    _, refined = refine(many, blur, priors, run.image[best], run.kernel[best], **options)
     kernels = torch.cat([refined, found[order[:starts]]])
     rest = torch.cat([unexplained(y, refined, priors["image"], blur, noise_std)[0], rest[order[:starts]]])
     order = rest.argsort()[:starts]
@@ -454,7 +484,7 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     return y[..., top : top + side, left : left + side], (top, left, side)
 
 
-def cleaned(kernel: Tensor) -> Tensor:
+def _cleaned(kernel: Tensor) -> Tensor:
     """Kernels without the faint haze below 3 % of the peak, which is noise of the sampler."""
     k = torch.where(kernel < 0.03 * kernel.amax((2, 3), keepdim=True), 0, kernel)
     return k / k.sum((2, 3), keepdim=True)

@@ -391,7 +391,7 @@ def learn_operator(
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
         k = simplex(theta)
         if varying:
-            corners = [[int(torch.randint(side - patch + 1, (), generator=g)) for side in field] for _ in x]
+            corners = [_corner(field, (patch, patch), g) for _ in x]
             blurred = [operator(one, k, part=(*at, *field)) for one, at in zip(x.split(1), corners, strict=True)]
             y, positions = torch.cat(blurred), _positions(corners, field, noise, g)
         else:
@@ -878,7 +878,7 @@ def _patches(
     out, corners = [], []
     for i in torch.randint(len(images), (n,), generator=g).tolist():
         x = images[i]
-        top, left = (int(torch.randint(a - b + 1, (), generator=g)) for a, b in zip(x.shape[-2:], size, strict=True))
+        top, left = _corner(x.shape[-2:], size, g)
         out.append(x[:, top : top + size[0], left : left + size[1]])
         corners.append((top, left))
     return torch.stack(out).contiguous(memory_format=torch.channels_last), corners
@@ -890,15 +890,17 @@ def _positions(
     """Where pixels of patches ``y`` (B, C, H, W) lie in the field, from -1 to 1: (B, 2, H, W); one in five is wrong."""
     if field is None:
         return None
-    sizes = y.shape[-2:]
-    wrong = [[int(torch.randint(f - n + 1, (), generator=g)) for f, n in zip(field, sizes, strict=True)] for _ in y]
-    lost = (torch.rand(len(y), generator=g) < 0.2).tolist()
-    places = torch.tensor([w if no else tuple(c) for w, no, c in zip(wrong, lost, corners, strict=True)])
-    axes = [
-        (2 * (places[:, a, None] + torch.arange(sizes[a]) + 0.5) / field[a] - 1)[(slice(None), *at)]
-        for a, at in ((0, (slice(None), None)), (1, (None, slice(None))))
-    ]
-    return torch.stack([a.expand(-1, *sizes) for a in axes], 1).to(y)
+    size = y.shape[-2:]
+    wrong = torch.tensor([_corner(field, size, g) for _ in y])
+    lost = torch.rand(len(y), 1, generator=g) < 0.2
+    places = torch.where(lost, wrong, torch.tensor(corners))
+    rows, columns = (2 * (places[:, a, None] + torch.arange(size[a]) + 0.5) / field[a] - 1 for a in (0, 1))
+    return torch.stack([rows[:, :, None].expand(-1, *size), columns[:, None].expand(-1, *size)], 1).to(y)
+
+
+def _corner(whole: Sequence[int], part: Sequence[int], g: torch.Generator) -> tuple[int, int]:
+    """A random place for the first pixel of a part of this size."""
+    return tuple(int(torch.randint(a - b + 1, (), generator=g)) for a, b in zip(whole, part, strict=True))
 
 
 def _field(images: list[Tensor]) -> tuple[int, int]:

@@ -9,11 +9,10 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import START_TIME, cleaned, estimate_noise, find_kernels, restore
-from blindlib.metrics import recentred
+from blindlib.deblur import estimate_noise, find_kernels, refine, restorations, restore, with_misfit
 from blindlib.operators import Blur, Turbulence
-from blindlib.priors import DiffusionPrior, kernel_to_latent
-from blindlib.sampler import DPS, DiffPIR, Result, sample
+from blindlib.priors import DiffusionPrior
+from blindlib.sampler import Result
 
 # Smoothness of the flow in pixels, round by round.
 COARSE_TO_FINE = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)
@@ -137,21 +136,15 @@ def mitigate(
     left = estimate_noise(still)
     two = {name: priors[name] for name in ("image", "kernel")}
     kernel, rest = find_kernels(still, two, blur, left, steps=steps, **common)
-    image = restore(still, kernel, priors["image"], blur, max(left, 1.5 * float(rest)), **common)
+    image = restore(still, kernel, priors["image"], blur, with_misfit(left, rest), **common)
     tilt = flow(y, image, kernel, tilt, operator)
 
-    start = {"image": image, "kernel": kernel_to_latent(kernel)}
-    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)  # as long steps as in find_kernels
-    options = dict(steps=steps, samples=2, guidance=guidance, start=start, start_time=START_TIME, **common)
-    run = sample(y, partial(operator, tilt=tilt), two, **options)
-    kernel = recentred(cleaned(run.posterior("kernel").mean(1)))
+    run, kernel = refine(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
     image = run.posterior("image").mean(1)
     for _ in range(rounds):
         tilt = flow(y, image, kernel, tilt, operator)
-        rest = float((y - operator(image, kernel, tilt)).square().mean().sqrt())
-        # As in deblur: what kernel and tilts cannot explain is noise to the restoration.
-        guidance = DiffPIR(noise_std=max(noise_std, 1.5 * rest), strength=1.0)
+        std = with_misfit(noise_std, (y - operator(image, kernel, tilt)).square().mean().sqrt())
         known = partial(operator, kernel=kernel, tilt=tilt)
-        run = sample(y, known, {"image": priors["image"]}, steps=20, samples=samples, guidance=guidance, **common)
+        run = restorations(y, known, priors["image"], std, samples=samples, **common)
         image = run.posterior("image").mean(1)
     return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1)

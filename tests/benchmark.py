@@ -85,6 +85,7 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
         "as deblur: l0_pyramid, FastEM, parallel": as_deblur,
         "l0_pyramid, then DiffPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
         "kernel known, PiGDM": partial(sample, y, known, only, steps=100, guidance=PiGDM(noise_std)),
+        "FastEM-PiGDM, n = 1, 30 steps": partial(fast, steps=30),
         "FastEM-PiGDM, n = 1": partial(fast, steps=100),
         "FastEM-PiGDM, n = 1, from a delta": partial(fast, steps=100, **as_published(WINDOW)),
         "BlindDPS, 100 steps": blind(100),
