@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +11,11 @@ from torch import Tensor
 from blindlib.operators import warp
 
 
-def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], after the best integer shift.
+def psnr(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], after the best shift.
+
+    No measurement tells how a shift is shared between image and kernel, a fraction of a pixel no more than a whole one;
+    at fine detail half a pixel costs decibels.
 
     Parameters
     ----------
@@ -18,6 +23,8 @@ def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
     max_shift : int
         Shifts of up to this many pixels along each axis are tried, and a border as wide is left out
         for each of them, so that all are scored on the same pixels of ``ref``.
+    subpixel : int
+        Shifts are tried in steps of 1 / subpixel pixels, those by fractions in Fourier space, mirrored at the edges.
 
     Returns
     -------
@@ -26,7 +33,7 @@ def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
     Raises
     ------
     ValueError
-        If shapes differ, are not (B, C, H, W), or leave nothing between the borders.
+        If shapes differ, are not (B, C, H, W), or leave nothing between the borders; if ``subpixel`` is not positive.
     """
     if x.shape != ref.shape or x.ndim != 4:
         raise ValueError(f"x: expected the shape of ref, {tuple(ref.shape)}, of rank 4; got {tuple(x.shape)}")
@@ -35,20 +42,24 @@ def psnr(x: Tensor, ref: Tensor, max_shift: int = 0) -> Tensor:
         raise ValueError(f"max_shift: expected 0 <= max_shift < {min(h, w) / 2}, got {max_shift}")
     inner = ref[..., m : h - m, m : w - m]
     errors = [
-        (x[..., m + dy : h - m + dy, m + dx : w - m + dx] - inner).square().mean((1, 2, 3))
-        for dy in range(-m, m + 1)
-        for dx in range(-m, m + 1)
+        (moved[..., m + dy : h - m + dy, m + dx : w - m + dx] - inner).square().mean((1, 2, 3))
+        for down, right in _fractions(subpixel)[: None if m else 1]
+        for moved in [_moved(x, down, right)]
+        for dy in range(-m + (down > 0), m + 1)
+        for dx in range(-m + (right > 0), m + 1)
     ]
     return 10 * torch.log10(4 / torch.stack(errors).amin(0).clamp(min=1e-12))
 
 
-def mnc(kernel: Tensor, ref: Tensor) -> Tensor:
+def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
     """Maximum of normalised convolution: the largest cosine between two kernels over all shifts (Hu & Yang, ECCV 2012).
 
     Parameters
     ----------
     kernel, ref : Tensor, shapes (B, 1, K, K) and (B or 1, 1, L, L)
         The windows may differ in size.
+    subpixel : int
+        Shifts go in steps of 1 / subpixel pixels, those by fractions in Fourier space; see :func:`psnr`.
 
     Returns
     -------
@@ -58,7 +69,7 @@ def mnc(kernel: Tensor, ref: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        If either is not of rank 4 with one channel, or the batch sizes do not fit.
+        If either is not of rank 4 with one channel, or the batch sizes do not fit; if ``subpixel`` is not positive.
     """
     for name, k in (("kernel", kernel), ("ref", ref)):
         if k.ndim != 4 or k.shape[1] != 1:
@@ -68,9 +79,35 @@ def mnc(kernel: Tensor, ref: Tensor) -> Tensor:
     size = [a + b - 1 for a, b in zip(kernel.shape[-2:], ref.shape[-2:], strict=True)]
     # FFT of real kernels in double precision: the peak is to be exact to float tolerance.
     spectrum = torch.fft.rfft2(kernel.double(), s=size) * torch.fft.rfft2(ref.double(), s=size).conj()
-    peak = torch.fft.irfft2(spectrum, s=size).amax((1, 2, 3))
+    shifted = (spectrum * _ramp(size, *shift).to(spectrum.device) for shift in _fractions(subpixel))
+    peak = torch.stack([torch.fft.irfft2(one, s=size).amax((1, 2, 3)) for one in shifted]).amax(0)
     norms = kernel.double().flatten(1).norm(dim=1) * ref.double().flatten(1).norm(dim=1)
     return (peak / norms.clamp(min=1e-30)).float()
+
+
+def _fractions(subpixel: int) -> list[tuple[float, float]]:
+    """Shifts down and right by parts of a pixel."""
+    if subpixel < 1:
+        raise ValueError(f"subpixel: expected at least 1, got {subpixel}")
+    parts = [i / subpixel for i in range(subpixel)]
+    return [(down, right) for down in parts for right in parts]
+
+
+def _ramp(size: Sequence[int], down: float, right: float) -> Tensor:
+    """What a shift does to a spectrum (rfft2)."""
+    rows, columns = torch.fft.fftfreq(size[0]).double(), torch.fft.rfftfreq(size[1]).double()
+    return torch.exp(-2j * torch.pi * (down * rows[:, None] + right * columns))
+
+
+def _moved(x: Tensor, down: float, right: float) -> Tensor:
+    """Images (B, C, H, W) shifted by a part of a pixel, mirrored at their edges."""
+    if not down and not right:
+        return x
+    twice = torch.cat([x, x.flip(-1)], -1)
+    twice = torch.cat([twice, twice.flip(-2)], -2)
+    size = twice.shape[-2:]
+    moved = torch.fft.irfft2(torch.fft.rfft2(twice) * _ramp(size, down, right).to(x.device, torch.cfloat), s=size)
+    return moved[..., : x.shape[-2], : x.shape[-1]]
 
 
 def tilt_error(tilt: Tensor, ref: Tensor, image: Tensor) -> Tensor:

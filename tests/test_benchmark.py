@@ -11,6 +11,7 @@ def test_scores_do_not_mind_a_shift(g):
     x, k = torch.rand(1, 3, 32, 32, generator=g) * 2 - 1, gaussian_kernels(1, 15, std=(1.0, 1.5), seed=0)
     same = benchmark.scores(x.roll((2, -3), (2, 3)), k.roll((1, 1), (2, 3)), x, k)
     assert same["psnr"] > 100 and same["ssim"] == pytest.approx(1) and same["mnc"] == pytest.approx(1, abs=1e-4)
+    assert same["psnr, subpixel"] >= same["psnr"] and same["mnc, subpixel"] == pytest.approx(1, abs=1e-4)
     assert same["mse"] < 1e-7
     other = benchmark.scores(x + 0.2, gaussian_kernels(1, 15, std=(3.0, 3.5), seed=1), x, k)
     assert other["psnr"] < same["psnr"] and other["ssim"] < 1 and other["mse"] > 1e-6
@@ -46,4 +47,4 @@ def test_the_table_has_means_and_standard_errors():
     entry = dict(ssim=0.5, mnc=0.9, mse=1e-5, seconds=2.0, evaluations=100)
     items = {"scene 0": entry | {"psnr": 20.0}, "scene 1": entry | {"psnr": 22.0}, "scene 2": {"diverged": "so"}}
     shown = benchmark.markdown({"results": {"64x64": {"some": items}}})
-    assert "| some (2) | 21.00 ± 1.00 | 0.500 ± 0.000 | 0.900 ± 0.000 |" in shown
+    assert "| some (2) | 21.00 ± 1.00 |  | 0.500 ± 0.000 | 0.900 ± 0.000 |  |" in shown

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +51,22 @@ def test_mnc_against_the_definition():
     assert mnc(a, b).item() == pytest.approx(best / float(a.norm() * b.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("down, right", [(0.25, -0.5), (-1.75, 0.5)])
+def test_fractions_of_a_pixel_are_found(down, right):
+    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+
+    def waves(down, right):
+        return torch.sin(0.9 * (rows - down) + 0.2) * torch.cos(1.3 * (columns - right))[None, None]
+
+    def dots(down, right):
+        return torch.exp(-((rows - 18 - down) ** 2) / 3 - (columns - 21 - right) ** 2 / 2)[None, None]
+
+    assert psnr(waves(down, right), waves(0, 0), max_shift=3).item() < 28
+    assert psnr(waves(down, right), waves(0, 0), max_shift=3, subpixel=4).item() > 35
+    assert mnc(dots(down, right), dots(0, 0)).item() < 0.95
+    assert mnc(dots(down, right), dots(0, 0), subpixel=4).item() == pytest.approx(1, abs=1e-4)
+
+
 def test_recentred_moves_the_centre_of_mass():
     k = torch.zeros(2, 1, 9, 9)
     k[0, 0, 2, 7] = 1
@@ -63,6 +81,9 @@ def test_bad_input():
         psnr(x, x[:, :1])
     with pytest.raises(ValueError, match="max_shift"):
         psnr(x, x, max_shift=4)
+    for measure in (partial(psnr, x, x), partial(mnc, x[:, :1], x[:, :1])):
+        with pytest.raises(ValueError, match="subpixel: expected at least 1, got 0"):
+            measure(subpixel=0)
     with pytest.raises(ValueError, match="kernel: expected shape"):
         mnc(x, x)
     with pytest.raises(ValueError, match="ref: expected one kernel or 1"):
