@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
+from blindlib.jobs import Team
 from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
 from blindlib.operators import SpaceVaryingBlur
 
@@ -139,6 +140,8 @@ def _learn_operator(a: argparse.Namespace) -> str:
         raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
     if a.kernel_out is not None:
         check_output(a.kernel_out)
+    first = Team(a.device).rank == 0
+    a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
     clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, seed=a.seed, say=say)
@@ -163,8 +166,9 @@ def _learn_operator(a: argparse.Namespace) -> str:
     varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
     common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
     found = learn_operator(clean, degraded, **common, **_given(a, "steps"))
-    found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
-    if a.kernel_out is not None:
+    if first:
+        found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
+    if first and a.kernel_out is not None:
         _write_kernel(found.kernel, a.kernel_out)
     return f"{a.out}: done; python -m blindlib deblur PHOTO --operator {a.out} --out SHARP undoes it"
 

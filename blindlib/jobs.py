@@ -1,13 +1,22 @@
-"""Tasks that do not depend on each other, spread by joblib over local processes or a Dask cluster."""
+"""Several processes: tasks that are spread over them, and one job that they do together.
+
+Tasks that do not depend on each other go through joblib, over local processes or a Dask cluster (:func:`spread`). A
+training in which every process has its share of each step runs under ``accelerate launch`` (:class:`Team`).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from functools import partial
 from typing import TypeVar
 
+import torch
 from joblib import Parallel, delayed, parallel_config
+from torch import Tensor
+
+from blindlib.priors import pick_device
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -70,3 +79,52 @@ def spread(
             yield from engine(calls)
         except KilledWorker as error:
             raise ChildProcessError(f"cluster: {error}") from None
+
+
+class Team:
+    """The processes of ``accelerate launch``, each of which runs the same lines; without it, this process alone.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        ``"auto"``: a GPU where there is one, for each process its own.
+
+    Attributes
+    ----------
+    device : torch.device
+        Of this process.
+    rank : int
+        Its number. 0 is the one that writes files and speaks.
+    """
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.device, self.rank, self.accelerator = pick_device(device), 0, None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+            self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+            if self.device.type == "cpu":
+                self.device = torch.device("cpu")  # accelerate says "cpu:0", which torch.load does not know
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Put in place of each tensor, on the team's device, its mean over the processes, the same in all of them."""
+        if self.accelerator is None:
+            return
+        tensors = list(tensors)
+        mean = self.accelerator.reduce(torch.cat([x.flatten() for x in tensors]), "mean")
+        for x, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """The first process's ``x``, where rounding may have made a difference."""
+        if self.accelerator is None:
+            return x
+        from accelerate.utils import broadcast
+
+        return broadcast(x.detach().to(self.device, copy=True).contiguous()).to(x)
