@@ -1,7 +1,7 @@
 """Blind inverse problems with diffusion models: recover an image *and* the operator that degraded it."""
 
 from blindlib.baselines import l0_pyramid
-from blindlib.deblur import Deblurred, deblur
+from blindlib.deblur import Deblurred, deblur, deblur_folder
 from blindlib.em import (
     L1,
     L2,
@@ -85,6 +85,7 @@ __all__ = [
     "blur_kernels",
     "dead_leaves",
     "deblur",
+    "deblur_folder",
     "defocus_kernels",
     "diffusion_em",
     "fast_em",

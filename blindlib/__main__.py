@@ -6,18 +6,20 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blindlib.deblur import check_output, deblur, estimate_noise, read_image, write_image
+from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
+from blindlib.jobs import Team
 from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
 from blindlib.operators import SpaceVaryingBlur
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 if it worked, 2 with a line on standard error if not."""
+    """Run a command; 0 if it worked, 2 with what was wrong on standard error if not, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m blindlib", description="Blind inverse problems with diffusion models."
     )
@@ -25,9 +27,21 @@ def main(argv: list[str] | None = None) -> int:
 
     p = commands.add_parser("deblur", help="sharpen a photograph blurred by an unknown motion, shake or defocus")
     p.set_defaults(run=_deblur)
-    p.add_argument("photo", type=Path)
-    p.add_argument("--out", type=Path, required=True, help="where to write the sharp photograph; never over the input")
-    p.add_argument("--kernel-out", type=Path, help="write the kernel as a picture too")
+    p.add_argument("photo", type=Path, help="a photograph; or a folder, all in which goes into the folder OUT")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="where to write the sharp photograph; never over the input; in a folder, what is there is not done again",
+    )
+    p.add_argument("--kernel-out", type=Path, help="write the kernel of a photograph as a picture too")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="photographs of a folder at a time; -1: one on each core (default: 1)")
+    where.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="of a Dask scheduler, over whose workers a folder is spread; they need blindlib and the same files",
+    )
     p.add_argument(
         "--operator", type=Path, help="undo this blur, which learn-operator found, at the photograph's full size"
     )
@@ -70,39 +84,55 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     try:
         done = a.run(a)
-    except (OSError, ValueError, TypeError, ArithmeticError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
         print(f"blindlib: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("blindlib: stopped", file=sys.stderr)
+        return 130
     if not a.quiet:
         print(done)
     return 0
 
 
 def _deblur(a: argparse.Namespace) -> str:
+    if a.photo.is_dir():
+        return _deblur_folder(a)
+    if a.jobs is not None or a.cluster is not None:
+        raise ValueError(f"jobs, cluster: expected a folder of photographs, got {str(a.photo)!r}")
     for out in (a.out, a.kernel_out):
         if out is not None and out.exists() and a.photo.exists() and out.samefile(a.photo):
             raise ValueError(f"out: {out} is the photograph itself; name another file")
         if out is not None:
             check_output(out)
+    result = deblur(a.photo, progress=not a.quiet, **_options(a))
+    result.save(a.out)
+    if a.kernel_out is not None:
+        _write_kernel(result.kernel, a.kernel_out)
+    return f"{a.out}: done in {result.figures['seconds']:.0f} s"
+
+
+def _deblur_folder(a: argparse.Namespace) -> str:
+    if a.kernel_out is not None:
+        raise ValueError("kernel-out: is of one photograph; with a folder leave it out")
+    where = _given(a, "jobs", "cluster")
+    say = (lambda line: None) if a.quiet else partial(print, flush=True)
+    failed = deblur_folder(a.photo, a.out, say=say, **where, **_options(a))
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise ValueError(f"{len(failed)} of the files in {a.photo} could not be restored:{reasons}")
+    return f"{a.out}: done"
+
+
+def _options(a: argparse.Namespace) -> dict:
+    """Those of :func:`deblur`."""
     chosen = _given(a, "steps", "starts", "crop", "prior")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
         chosen["kernel"], a.max_size = load_operator(a.operator), 0
     max_size = 1024 if a.max_size is None else a.max_size
-    result = deblur(
-        a.photo,
-        noise_std=a.noise_std,
-        max_size=max_size or None,
-        seed=a.seed,
-        device=a.device,
-        progress=not a.quiet,
-        **chosen,
-    )
-    result.save(a.out)
-    if a.kernel_out is not None:
-        _write_kernel(result.kernel, a.kernel_out)
-    return f"{a.out}: done in {result.figures['seconds']:.0f} s"
+    return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **chosen)
 
 
 def _learn_operator(a: argparse.Namespace) -> str:
@@ -110,6 +140,8 @@ def _learn_operator(a: argparse.Namespace) -> str:
         raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
     if a.kernel_out is not None:
         check_output(a.kernel_out)
+    first = Team(a.device).rank == 0
+    a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
     clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, seed=a.seed, say=say)
@@ -134,8 +166,9 @@ def _learn_operator(a: argparse.Namespace) -> str:
     varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
     common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
     found = learn_operator(clean, degraded, **common, **_given(a, "steps"))
-    found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
-    if a.kernel_out is not None:
+    if first:
+        found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
+    if first and a.kernel_out is not None:
         _write_kernel(found.kernel, a.kernel_out)
     return f"{a.out}: done; python -m blindlib deblur PHOTO --operator {a.out} --out SHARP undoes it"
 

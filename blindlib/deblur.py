@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.em import EM_BOUNDARIES, fast_em
+from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
@@ -180,6 +181,90 @@ def deblur(
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
+
+
+def deblur_folder(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    jobs: int = 1,
+    cluster: str | None = None,
+    say: Callable[[str], None] = print,
+    **options: object,
+) -> dict[str, str]:
+    """Sharpen every photograph of a folder by :func:`deblur`, into another folder, each under its own name.
+
+    What is there already is not done again: the same call goes on where an earlier one was stopped.
+
+    Parameters
+    ----------
+    folder : path
+        Its subfolders and hidden files are left out.
+    out : path
+        Of another folder, made if it is not there. A name whose suffix is of no format to write gets ``.png`` added.
+    jobs, cluster
+        As of :func:`~blindlib.jobs.imap_unordered`.
+    say : callable
+        Is told, in a line, of every photograph that is finished.
+    **options
+        Of :func:`deblur`, the same for each, ``seed`` too.
+
+    Returns
+    -------
+    dict of str to str
+        The names that could not be restored, pictures or not, and why.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing in the folder, ``out`` is the same one, or two photographs would get one name in it.
+    OSError, ImportError
+        If there is no such folder, ``out`` cannot be one, or processes fail, see :func:`~blindlib.jobs.imap_unordered`.
+    """
+    folder, out = Path(folder).resolve(), Path(out).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: there is no folder {str(folder)!r}")
+    if out == folder:
+        raise ValueError(f"out: {str(out)!r} is the folder of the photographs itself; name another")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, as {str(folder)!r} is one, got the file {str(out)!r}")
+    out.mkdir(exist_ok=True)
+    photos = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not photos:
+        raise ValueError(f"folder: there is no photograph in {str(folder)!r}")
+    sharp: dict[Path, Path] = {}
+    for photo in photos:
+        try:
+            check_output(out / photo.name)
+            target = out / photo.name
+        except ValueError:
+            target = out / f"{photo.name}.png"
+        if target in sharp:
+            raise ValueError(
+                f"folder: {sharp[target].name!r} and {photo.name!r} would both become {target.name!r}; rename one"
+            )
+        sharp[target] = photo
+    todo = [(photo, target) for target, photo in sharp.items() if not target.exists()]
+    if len(todo) < len(photos):
+        say(f"{len(photos) - len(todo)} of {len(photos)} are there already")
+    failed = {}
+    finished = imap_unordered(partial(_deblur_file, options=options), todo, jobs=jobs, cluster=cluster)
+    for n, (photo, target, seconds, error) in enumerate(finished, len(photos) - len(todo) + 1):
+        if error is not None:
+            failed[photo.name] = error
+        say(f"{n}/{len(photos)} {target.name}: " + (f"{seconds:.0f} s" if error is None else f"skipped, {error}"))
+    return failed
+
+
+def _deblur_file(files: tuple[Path, Path], options: dict) -> tuple[Path, Path, float, str | None]:
+    """The photograph, its sharp one, the time it took, and what went wrong."""
+    began, error = time.perf_counter(), None
+    try:
+        if not files[1].exists():  # or a worker that has died since had finished it
+            deblur(files[0], progress=False, **options).save(files[1])
+    except (OSError, ValueError, TypeError, ArithmeticError) as e:
+        error = str(e)
+    return *files, time.perf_counter() - began, error
 
 
 def restore(
@@ -407,7 +492,7 @@ def read_image(photo: Photo) -> Tensor:
             with Image.open(photo) as opened:
                 opened.load()
                 photo = ImageOps.exif_transpose(opened)
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({error})") from None
     if isinstance(photo, Image.Image):
         if photo.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
@@ -452,8 +537,11 @@ def write_image(image: Tensor, path: str | os.PathLike) -> None:
     path, kind = Path(path), check_output(path)
     x = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     part = path.with_name(path.name + ".part")
-    Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(part, format=kind, quality=95)
-    part.replace(path)
+    try:
+        Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(part, format=kind, quality=95)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_output(path: str | os.PathLike) -> str:

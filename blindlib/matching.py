@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from blindlib.baselines import differences
+from blindlib.jobs import Team
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, warp
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
@@ -192,6 +193,7 @@ def fit_flow(
     patch : int
         Side of the random patches that the net sees, a multiple of its stride. Larger than the kernel to be learned.
     steps, batch : int
+        The batch is that of each process, if ``accelerate launch`` runs several; they learn one net together.
     learning_rate : float
         Of Adam; it rises over the first tenth of the steps and falls to zero over the last third.
     net : mapping
@@ -222,24 +224,26 @@ def fit_flow(
     """
     images = _checked("degraded", degraded, patch)
     field = _field(images) if positions else None
-    device = pick_device(device)
+    team = Team(device)
+    device = team.device
     _check_counts(steps=steps, batch=batch, patch=patch)
     model = _seeded_net(net, len(images[0]), patch, seed, positions).to(device)
     mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     parts = dict(model=model, mean=mean, optimizer=optimizer)
     about = dict(batch=batch, learning_rate=learning_rate, net=repr(model.config), patch=patch, seed=seed)
-    run = _Run(folder, "flow", {**about, "degraded": _fingerprint(images)}, parts, device)
+    run = _Run(folder, "flow", {**about, "degraded": _fingerprint(images)}, parts, team)
 
     for step in run.steps(steps, "flow matching", progress):
         _set_rate(optimizer, learning_rate, step, steps)
-        g = _generator(seed, 0, step)
+        g = _generator(seed, 0, step, team.rank)
         y, corners = _patches(images, batch, (patch, patch), g)
         y = standard(y.to(device))
         times_and_noise = _times_and_noise(y, g)
         loss = flow_loss(velocity(model, _positions(corners, field, y, g)), y, *times_and_noise).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        team.average(p.grad for p in model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean.update_parameters(model)
@@ -298,6 +302,7 @@ def learn_operator(
     grid : (int, int)
         Rows and columns of PSFs, of a SpaceVaryingBlur.
     patch, batch, steps : int
+        The batch is that of each process, as of :func:`fit_flow`; the kernel too is one, and the same in all of them.
     learning_rate : float
         Of the kernel's Adam (betas 0.5, 0.95); it rises over the first tenth of the steps, while the auxiliary net
         catches up, and falls to zero over the last third.
@@ -345,7 +350,8 @@ def learn_operator(
     ys = _checked("degraded", degraded, max(patch, 2 * kernel_size - 1) if blind else patch)
     if len(xs[0]) != len(ys[0]):
         raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
-    device = pick_device(device)
+    team = Team(device)
+    device = team.device
     about = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
     field = _field(ys) if varying else None
     if varying:
@@ -359,7 +365,8 @@ def learn_operator(
             guess = retrieved_kernel(xs, ys, **about | {"noise_std": noise_std or 0.0})
         else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
             guess = _blot(kernel_size)
-        start = moments.fit(guess)
+        start = team.agreed(moments.fit(guess))
+        moments.noise_std = team.agreed(moments.noise_std)
     noise_std = float(moments.noise_std)
     shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
     if start.shape != shape:
@@ -382,11 +389,11 @@ def learn_operator(
     about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact)
     about |= dict(learning_rate=learning_rate, patch=patch, operator=repr(operator), start=_fingerprint(start))
     about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
-    run = _Run(folder, "operator", about, parts, device)
+    run = _Run(folder, "operator", about, parts, team)
 
     for step in run.steps(steps, "learning the operator", progress):
         _set_rate(optimizer, learning_rate, step, steps)
-        g = _generator(seed, 1, step)
+        g = _generator(seed, 1, step, team.rank)
         x = _patches(xs, batch, scene, g)[0].to(device)
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
         k = simplex(theta)
@@ -405,6 +412,7 @@ def learn_operator(
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        team.average([theta.grad])
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
@@ -412,6 +420,7 @@ def learn_operator(
         (v - (y.detach() - noise)).square().mean().backward()
         positions = _positions(corners, field, noise, g)
         flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
+        team.average(p.grad for p in nets.parameters())
         for net in (data, auxiliary):
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
@@ -421,7 +430,7 @@ def learn_operator(
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)
     end, start = simplex(theta.detach()).cpu(), start.cpu()
-    deviation = torch.stack([moments(k).cpu() for k in (start, end)])
+    deviation = team.agreed(torch.stack([moments(k).cpu() for k in (start, end)]))
     worse = deviation[1].max() > max(1.2, float(deviation[0].max()))
     return Learned(start if worse else end, operator, noise_std, flow, run.stacked(), deviation, run.seconds)
 
@@ -793,8 +802,8 @@ def _power_spectrum(images: list[Tensor], side: int, noise_std: float) -> tuple[
 class _Run:
     """The loop of a run: its steps, what it records, and, in a folder, its state, from which it can go on."""
 
-    def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, device: torch.device) -> None:
-        self.name, self.about, self.parts = name, about, parts
+    def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, team: Team) -> None:
+        self.name, self.about, self.parts, self.team = name, about, parts, team
         self.done, self.seconds = 0, 0.0
         self.kept: dict[str, list] = {}
         self.sums: dict[str, list] = {}
@@ -802,8 +811,9 @@ class _Run:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        team.wait()  # the first may be writing still, at the end of the run before
         if self.path.is_file():
-            state = torch.load(self.path, map_location=device, weights_only=True)
+            state = torch.load(self.path, map_location=team.device, weights_only=True)
             wrong = [key for key in about if state["about"].get(key) != about[key]]
             if wrong:
                 raise ValueError(
@@ -816,12 +826,13 @@ class _Run:
     def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
         """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
         saved = time.monotonic()
-        self.bar = bar(range(self.done, steps), title, progress, initial=self.done, total=steps)
+        shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
+        self.bar = bar(range(self.done, steps), title, shown, initial=self.done, total=steps)
         for step in self.bar:
             began = time.monotonic()
             yield step
             self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
-            if self.path and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
+            if saves and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
                 state = {key: part.state_dict() for key, part in self.parts.items()}
                 state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
                 save_whole(state, self.path)
@@ -830,8 +841,10 @@ class _Run:
     def note(self, **values: Tensor) -> None:
         """Count ``values`` into the means that the next :meth:`keep` takes; a NaN ends the run before it is saved."""
         for key, value in values.items():
+            value = value.detach().clone()
+            self.team.average([value])
             total, n = self.sums.get(key, [0.0, 0])
-            self.sums[key] = [total + float(value.detach()), n + 1]
+            self.sums[key] = [total + float(value), n + 1]
             if not math.isfinite(self.sums[key][0]):
                 raise ArithmeticError(
                     f"{self.name}: diverged at step {self.bar.n + 1}, where the {key} is no number; take smaller "
@@ -866,9 +879,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: i
         group["lr"] = rate * min(1.0, 10 * (step + 1) / steps, 3 * (1 - step / steps))
 
 
-def _generator(seed: int, phase: int, step: int) -> torch.Generator:
-    """Random numbers of a step depend on nothing but it: a resumed run draws what it would have drawn."""
-    return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1) + step) + phase)
+def _generator(seed: int, phase: int, step: int, rank: int) -> torch.Generator:
+    """Random numbers of a process's step depend on nothing but it: a resumed run draws what it would have drawn."""
+    return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1 + 1_000_003 * rank) + step) + phase)
 
 
 def _patches(

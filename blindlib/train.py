@@ -275,7 +275,7 @@ def train(
 
     state_file, done, seconds, history = folder / "state.pt", 0, 0.0, []
     if state_file.is_file():
-        state = torch.load(state_file, map_location=where, weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
         if state["name"] != name or state["net"] != _plain(net.config):
             raise ValueError(f"folder: {folder} holds a run of another prior ({state['name']}, {state['net']})")
         net.load_state_dict(state["weights"])

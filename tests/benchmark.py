@@ -3,7 +3,8 @@
 Fresh scenes and photographs, seeded motion kernels, circular boundary, the shipped priors. Noise is given as in the
 Fast Diffusion EM paper, in 255ths of the range [0, 1]: 10 is a standard deviation of 20 / 255 = 0.078 on our [-1, 1].
 Every result is written to the JSON file as soon as it is there, one for each method and image; a run that was stopped
-goes on with what is missing, and ``--show`` only prints the table.
+goes on with what is missing, and ``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several at
+once, which then take longer, each by its own share: of such a run the seconds mean nothing.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from blindlib import (
     sample,
 )
 from blindlib.deblur import EM_STEPS, GUESSES, read_image, resize, restore
+from blindlib.jobs import imap_unordered
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
@@ -134,6 +137,22 @@ def scores(image: Tensor, kernel: Tensor | None, x: Tensor, k: Tensor) -> dict[s
     return found
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One of the grid: a method and a measurement ``y`` (1, 3, H, W) of the image ``x`` under the kernel ``k``."""
+
+    setting: str
+    method: str
+    item: str
+    noise_std: float
+    x: Tensor
+    k: Tensor
+    y: Tensor
+
+    def among(self, table: dict) -> bool:
+        return self.item in table["results"].get(self.setting, {}).get(self.method, {})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, choices=[64, 128], default=64)
@@ -143,58 +162,85 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="processes; with more than one, the seconds mean nothing")
+    where.add_argument(
+        "--cluster", metavar="ADDRESS", help="of a Dask scheduler: its workers instead of processes here"
+    )
     a = parser.parse_args(argv)
-    table = json.loads(a.out.read_text()) if a.out.is_file() else {"results": {}}
+    a.out = a.out.resolve()  # workers look there too
+    table = read(a.out)
     if not a.show:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        priors = {name: load_prior(name, device=device) for name in ("image", "kernel")}
         on = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-        table["machine"] = f"{platform.machine()}, {on}, torch {torch.__version__}"
-        for noise in a.noise:
-            run(a, noise, priors, device, table)
+        several = "" if a.cluster is None and a.jobs == 1 else ", several at once"
+        table["machine"] = f"{platform.machine()}, {on}, torch {torch.__version__}{several}"
+        run(a, table)
     print(markdown(table))
 
 
-def run(a: argparse.Namespace, noise: float, priors: dict, device: str, table: dict) -> None:
-    """Everything that is missing at one noise level."""
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {"results": {}}
+
+
+def run(a: argparse.Namespace, table: dict) -> None:
+    """Everything that is missing."""
+    a.out.parent.mkdir(exist_ok=True)
+    missing = [cell for noise in a.noise for cell in grid(a, noise) if not cell.among(table)]
+    for cell in missing:  # rows of the table in the order of the methods, whichever ends first
+        table["results"].setdefault(cell.setting, {}).setdefault(cell.method, {})
+    for cell, entry in imap_unordered(partial(measure, out=a.out), missing, jobs=a.jobs, cluster=a.cluster):
+        if entry is None:
+            continue
+        table["results"][cell.setting][cell.method][cell.item] = entry
+        part = a.out.with_name(a.out.name + ".part")
+        part.write_text(json.dumps(table, indent=1) + "\n")
+        os.replace(part, a.out)
+        print(f"{cell.setting} {cell.method}, {cell.item}: {entry}", flush=True)
+
+
+def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
+    """All cells of one noise level."""
     noise_std, n = 2 * noise / 255, a.images
     x = torch.cat([dead_leaves(8, a.size, seed=a.seed), photographs(a.seed, a.size)])
     k = motion_kernels(16, WINDOW, seed=a.seed + 1)
     y = Blur()(x, k) + noise_std * torch.randn(x.shape, generator=torch.Generator().manual_seed(a.seed + 2))
-    x, k, y = (v.to(device) for v in (x, k, y))
-    items = [*range(n), *range(8, 8 + n)]
-    names = list(methods(y[:1], k[:1], noise_std, priors))
-    todo = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    for name in todo:
-        cell = table["results"].setdefault(f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}", {})
-        of_method = cell.setdefault(name, {})
-        for i in items:
-            kind = "scene" if i < 8 else "photograph"
-            if f"{kind} {i % 8}" in of_method:
-                continue
-            one = slice(i, i + 1)
-            began = time.perf_counter()
-            if name == "blurred":
-                entry = scores(y[one], None, x[one], k[one])
-            else:
-                try:
-                    result = methods(y[one], k[one], noise_std, priors)[name]()
-                except ArithmeticError as error:
-                    entry = {"diverged": str(error)}
-                else:
-                    kernel = result.latents.get("kernel")
-                    entry = scores(result.image[:1], None if kernel is None else kernel[:1], x[one], k[one])
-                    if result.samples > 1:
-                        average = result.image.mean(0, keepdim=True)
-                        entry["psnr of the average"] = scores(average, None, x[one], k[one])["psnr"]
-                    entry |= {"evaluations": result.evaluations * result.samples}
-                entry["seconds"] = time.perf_counter() - began
-            of_method[f"{kind} {i % 8}"] = entry
-            a.out.parent.mkdir(exist_ok=True)
-            part = a.out.with_name(a.out.name + ".part")
-            part.write_text(json.dumps(table, indent=1) + "\n")
-            os.replace(part, a.out)
-            print(f"{noise:g}/255 {name}, {kind} {i % 8}: {entry}", flush=True)
+    names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu")))
+    names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
+    setting = f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}"
+    items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
+    # Copies: with a part of a tensor, the whole of it would go to a worker.
+    of_item = {item: [v[i : i + 1].clone() for v in (x, k, y)] for item, i in items.items()}
+    return [Cell(setting, name, item, noise_std, *of_item[item]) for name in names for item in items]
+
+
+def load_priors(device: str) -> dict:
+    return {name: load_prior(name, device=device) for name in ("image", "kernel")}
+
+
+def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
+    """The cell's figures; none if a worker that has died since brought them home to ``out``."""
+    if cell.among(read(out)):
+        return cell, None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, k, y = (v.to(device) for v in (cell.x, cell.k, cell.y))
+    if cell.method == "blurred":
+        return cell, scores(y, None, x, k)
+    method = methods(y, k, cell.noise_std, load_priors(device))[cell.method]
+    began = time.perf_counter()
+    try:
+        result = method()
+    except ArithmeticError as error:
+        entry = {"diverged": str(error)}
+    else:
+        kernel = result.latents.get("kernel")
+        entry = scores(result.image[:1], None if kernel is None else kernel[:1], x, k)
+        if result.samples > 1:
+            average = result.image.mean(0, keepdim=True)
+            entry["psnr of the average"] = scores(average, None, x, k)["psnr"]
+        entry |= {"evaluations": result.evaluations * result.samples}
+    entry["seconds"] = time.perf_counter() - began
+    return cell, entry
 
 
 def markdown(table: dict) -> str:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +33,18 @@ def golden():
 @pytest.fixture
 def g():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def two_processes():
+    """Runs what it is given by `accelerate launch` as on two GPUs; with --cpu, accelerate would start one process."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", "1"]
+
+    def run(*command):
+        done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run

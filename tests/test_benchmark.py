@@ -43,6 +43,24 @@ def test_a_stopped_benchmark_goes_on_with_what_is_missing(tmp_path, monkeypatch)
     assert len(done) == 4
 
 
+def test_several_jobs_measure_the_same(tmp_path):
+    common = ["--images", "1", "--only", "none of them"]
+    tables = []
+    for jobs in ("1", "2"):
+        out = tmp_path / f"{jobs}.json"
+        benchmark.main([*common, "--jobs", jobs, "--out", str(out)])
+        tables.append(json.loads(out.read_text()))
+    assert tables[0]["results"] == tables[1]["results"]
+    ((setting, rows),) = tables[0]["results"].items()
+    assert {kind: set(row) for kind, row in rows.items()} == {"blurred": {"scene 0", "photograph 0"}}
+    assert tables[1]["machine"].endswith("several at once") and not tables[0]["machine"].endswith("at once")
+
+    # What a worker is asked a second time, since another died after its result was home, it does not do.
+    empty = torch.zeros(0)
+    cell = benchmark.Cell(setting, "blurred", "scene 0", 0.1, empty, empty, empty)
+    assert benchmark.measure(cell, tmp_path / "1.json") == (cell, None)
+
+
 def test_the_table_has_means_and_standard_errors():
     entry = dict(ssim=0.5, mnc=0.9, mse=1e-5, seconds=2.0, evaluations=100)
     items = {"scene 0": entry | {"psnr": 20.0}, "scene 1": entry | {"psnr": 22.0}, "scene 2": {"diverged": "so"}}

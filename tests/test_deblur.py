@@ -1,3 +1,4 @@
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ from skimage import data
 
 from blindlib import (
     Blur,
+    Deblurred,
     Downsample,
+    Learned,
     SpaceVaryingBlur,
     dead_leaves,
     deblur,
@@ -317,3 +320,97 @@ def test_solve_is_reached_through_partial(blurred):
     torch.testing.assert_close(
         solve(partial(Blur("valid"), kernel=k), y, z, 0.1), Blur("valid").solve(y, k, z, 0.1), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """A folder of photographs and other things, and a `deblur` that turns pictures upside down."""
+    folder = tmp_path / "album"
+    (folder / "sub").mkdir(parents=True)
+    x = dead_leaves(3, 40, seed=1)
+    for i, name in enumerate(["a.png", "b.jpg", "c.bmp"]):
+        write_image(x[i, None], folder / name)
+    write_image(x[:1], folder / "sub" / "d.png")
+    write_image(x[:1], folder / "e.bmp")
+    (folder / "e.bmp").rename(folder / "e.psd")  # of a format that is not written
+    (folder / ".hidden").write_text("")
+    calls = []
+
+    def turned(photo, **options):
+        image = read_image(photo).flip(2)
+        calls.append(photo.name)
+        return Deblurred(image, torch.ones(1, 1, 1, 1), image, torch.ones(1, 1, 1, 1), image, {"seconds": 0.0})
+
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "deblur", turned)
+    return folder, calls
+
+
+def test_a_folder_into_a_folder(album, capsys):
+    folder, calls = album
+    command = ["deblur", str(folder), "--out", str(folder.parent / "out")]
+    assert main(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["1/4 a.png: 0 s", "2/4 b.jpg: 0 s", "3/4 c.bmp: 0 s", "4/4 e.psd.png: 0 s", f"{command[-1]}: done"]
+    names = sorted(p.name for p in (folder.parent / "out").iterdir())
+    assert names == ["a.png", "b.jpg", "c.bmp", "e.psd.png"] and len(calls) == 4
+    for name, of in zip(names, ["a.png", "b.jpg", "c.bmp", "e.psd"], strict=True):
+        atol = 0.2 if name == "b.jpg" else 0.006
+        expected = read_image(folder / of).flip(2)
+        torch.testing.assert_close(read_image(folder.parent / "out" / name), expected, atol=atol, rtol=0)
+
+    (folder.parent / "out" / "c.bmp").unlink()
+    assert main(command) == 0
+    assert calls[4:] == ["c.bmp"] and capsys.readouterr().out.startswith("3 of 4 are there already\n4/4 c.bmp: ")
+
+
+def test_what_cannot_be_restored_is_told_and_the_rest_is_done(album, capsys):
+    folder, calls = album
+    (folder / "notes.txt").write_text("not a picture")
+    whole = (folder / "a.png").read_bytes()
+    (folder / "aa.png").write_bytes(whole[: len(whole) // 2])
+    assert main(["deblur", str(folder), "--out", str(folder.parent / "out"), "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("blindlib: 2 of the files in ") and err.count("\n") == 3
+    assert "aa.png: photo: " in err and "notes.txt: photo: " in err and err.count("cannot be read as an image") == 2
+    assert len(calls) == 4 and len(list((folder.parent / "out").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["album", "--out", "album"], "out: '.*' is the folder of the photographs itself"),
+        (["album", "--out", "album/a.png"], "out: expected a folder, as '.*album' is one, got the file"),
+        (["album", "--out", "no/where"], "no/where'"),
+        (["album", "--out", "out", "--kernel-out", "k.png"], "kernel-out: is of one photograph"),
+        (["album", "--out", "out", "--jobs", "0"], "jobs: expected a number of processes"),
+        (["album/sub/d.png", "--out", "d.png", "--jobs", "2"], "jobs, cluster: expected a folder of photographs, got"),
+        (["album/none", "--out", "out"], "folder: there is no photograph in"),
+    ],
+)
+def test_folders_that_will_not_do(album, monkeypatch, command, message, capsys):
+    monkeypatch.chdir(album[0].parent)
+    (album[0] / "none").mkdir()
+    assert main(["deblur", *command]) == 2
+    err = capsys.readouterr().err
+    assert re.match(f"blindlib: .*{message}", err) and err.count("\n") == 1 and album[1] == []
+
+
+def test_two_photographs_of_one_name_are_refused(album, capsys):
+    folder, calls = album
+    (folder / "a.png").rename(folder / "e.psd.png")
+    assert main(["deblur", str(folder), "--out", str(folder.parent / "out")]) == 2
+    assert "'e.psd' and 'e.psd.png' would both become 'e.psd.png'; rename one" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_a_photograph_of_a_folder_is_as_if_alone(tmp_path):
+    """With the blur that learn-operator found, too; the seed is the same for each."""
+    (tmp_path / "photos").mkdir()
+    for i, x in enumerate(dead_leaves(2, 24, seed=1)):
+        write_image(x[None], tmp_path / "photos" / f"{i}.png")
+    kernel = gaussian_kernels(1, 5, std=(1.0, 1.0), seed=0)
+    Learned(kernel, Blur("valid"), 0.0, None, {}, torch.zeros(2, 3), 0.0).save(tmp_path / "operator.safetensors")
+    options = ["--operator", str(tmp_path / "operator.safetensors"), "--seed", "3", "--device", "cpu", "--quiet"]
+    assert main(["deblur", str(tmp_path / "photos"), "--out", str(tmp_path / "sharp"), *options]) == 0
+    assert main(["deblur", str(tmp_path / "photos" / "1.png"), "--out", str(tmp_path / "1.png"), *options]) == 0
+    assert (tmp_path / "sharp" / "1.png").read_bytes() == (tmp_path / "1.png").read_bytes()

@@ -544,6 +544,44 @@ def test_the_same_command_goes_on(folders, monkeypatch):
     assert (folders / "operator.safetensors").read_bytes() == first
 
 
+def test_several_processes_learn_one_operator_together(folders, two_processes):
+    """As under `accelerate launch` on several GPUs, here on the CPU; then the same command again."""
+    script = folders / "two.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "import blindlib.__main__ as command\n"
+        "from blindlib import matching\n"
+        "learn, save = command.learn_operator, matching.save_whole\n"
+        "def learned(*args, **options):\n"
+        "    found = learn(*args, **options)\n"
+        "    weights = torch.cat([p.flatten() for p in options['flow'].parameters()])\n"
+        f"    torch.save((found.kernel, weights, found.history), {str(folders)!r} + '/' + os.environ['RANK'] + '.pt')\n"
+        "    return found\n"
+        "def saved(state, path):\n"
+        "    print('saved', path.name, os.environ['RANK'])\n"
+        "    save(state, path)\n"
+        "command.learn_operator, matching.save_whole = learned, saved\n"
+        "sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    said = two_processes(script, *arguments(folders)).splitlines()
+    assert [line for line in said if "saved" in line] == ["saved flow.pt 0", "saved operator.pt 0"]
+    for once in ("3 clean and 3 degraded", "safetensors: done"):
+        assert sum(once in line for line in said) == 1
+    (kernel, flow, history), others = (torch.load(folders / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(kernel, others[0]) and torch.equal(flow, others[1])
+    assert all(torch.equal(history[key], others[2][key]) for key in ("gap", "kernel"))
+    assert torch.equal(load_operator(folders / "operator.safetensors"), kernel)
+
+    alone = ["--folder", folders / "alone", "--out", folders / "alone.safetensors"]
+    assert main(arguments(folders, "--quiet", *alone)) == 0
+    weights = torch.load(folders / "alone" / "flow.pt", weights_only=True)["mean"]
+    weights = torch.cat([value.flatten() for key, value in weights.items() if key != "n_averaged"])
+    assert weights.shape == flow.shape and not torch.allclose(weights, flow, atol=1e-4), "both had the same patches"
+
+    said = two_processes("-m", "blindlib", *arguments(folders))
+    assert said.count("safetensors: done") == 1 and "loss" not in said
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
