@@ -36,7 +36,7 @@ from blindlib.priors import (
     UniformPrior,
     load_prior,
 )
-from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
+from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, dpir, sample
 from blindlib.schedule import NoiseSchedule
 from blindlib.simulate import (
     blur_kernels,
@@ -87,6 +87,7 @@ __all__ = [
     "deblur",
     "defocus_kernels",
     "diffusion_em",
+    "dpir",
     "fast_em",
     "fit_flow",
     "fit_kernel",
