@@ -16,6 +16,7 @@ from blindlib.em import (
     prior_denoiser,
 )
 from blindlib.matching import (
+    DeepLinear,
     FieldMoments,
     Learned,
     Moments,
@@ -61,6 +62,7 @@ __all__ = [
     "L2",
     "Blur",
     "Deblurred",
+    "DeepLinear",
     "DiffPIR",
     "DiffusionPrior",
     "Downsample",
