@@ -23,6 +23,7 @@ from blindlib.matching import (
     fit_flow,
     learn_operator,
     load_operator,
+    mirrored,
     retrieved_kernel,
     spectrum_kernel,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "load_kernel_denoiser",
     "load_operator",
     "load_prior",
+    "mirrored",
     "mitigate",
     "mixed_tilts",
     "mnc",

@@ -760,6 +760,33 @@ class FieldMoments:
         return moments
 
 
+def mirrored(psfs: Tensor) -> Tensor:
+    """PSFs over a field made to mirror one another about its middle, as those of a lens do about its axis.
+
+    Each becomes the mean of itself and its mirror images, left and right, above and below. Fitted one by one they err
+    each in its own way, and the mean of four errs less.
+
+    Parameters
+    ----------
+    psfs : Tensor, shape (B, rows, columns, C, K, K)
+        K odd, so that a mirror leaves the centre where it is.
+
+    Returns
+    -------
+    Tensor, as ``psfs``
+
+    Raises
+    ------
+    ValueError
+        If the shape is no such one.
+    """
+    if psfs.ndim != 6 or psfs.shape[-1] % 2 == 0 or psfs.shape[-2] % 2 == 0:
+        raise ValueError(f"psfs: expected shape (B, rows, columns, C, K, K) with K odd, got {tuple(psfs.shape)}")
+    for axis, cells in ((-1, 2), (-2, 1)):
+        psfs = (psfs + psfs.flip(axis, cells)) / 2
+    return psfs
+
+
 class _OnePSF(Blur):
     """The blur of parts of a field as a function of one of its PSFs; always of the same scenes, each in one part."""
 

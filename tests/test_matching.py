@@ -19,8 +19,10 @@ from blindlib import (
     fit_flow,
     gaussian_kernels,
     learn_operator,
+    lens_psfs,
     load_operator,
     matching,
+    mirrored,
     mnc,
     motion_kernels,
     shaken_psfs,
@@ -290,6 +292,22 @@ def test_the_noise_of_a_field_is_found_too(field_sets):
     moments.fit(ROLLED.mean(1, keepdim=True), sweeps=2, steps=15)
     assert float(moments.noise_std) == pytest.approx(0.01, rel=0.25)
     assert moments(ROLLED.mean(1, keepdim=True)).max() < 2
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5)])
+def test_a_lens_is_its_own_mirror_image(grid, g):
+    """It is left as it is, and errors that do not mirror one another are halved in each place but the axes."""
+    lens = lens_psfs(grid, 9)
+    torch.testing.assert_close(mirrored(lens), lens, atol=1e-6, rtol=0)
+    error = torch.randn(lens.shape, generator=g)
+    left = mirrored(lens + error) - lens
+    assert left[0, 0, 0].std() == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(left, mirrored(left), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left[:, 0, -1], left[:, 0, 0].flip(-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left[:, -1, 0], left[:, 0, 0].flip(-2), atol=1e-6, rtol=0)
+    for wrong in (lens[..., :8, :8], lens[0]):
+        with pytest.raises(ValueError, match="psfs: expected shape .* with K odd, got"):
+            mirrored(wrong)
 
 
 def test_networks_know_where_in_the_field_a_patch_lies(g):
