@@ -366,7 +366,7 @@ def dpir(
             raise ValueError(f"{name}: expected a positive number, got {value}")
     if not 0 <= noise_std < 1:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
-    # The least level is that of the noise, if the prior knows so little noise.
+    # The least level is that of the noise, but no less than what 2.55 / 255 of the range [0, 1] is on ours.
     last = min(max(noise_std, 5.1 / 255), first)
     levels = torch.logspace(math.log10(first), math.log10(last), steps, dtype=torch.float64)
 
