@@ -16,12 +16,14 @@ from blindlib.em import (
     prior_denoiser,
 )
 from blindlib.matching import (
+    DeepLinear,
     FieldMoments,
     Learned,
     Moments,
     fit_flow,
     learn_operator,
     load_operator,
+    mirrored,
     retrieved_kernel,
     spectrum_kernel,
 )
@@ -36,7 +38,7 @@ from blindlib.priors import (
     UniformPrior,
     load_prior,
 )
-from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, sample
+from blindlib.sampler import DPS, DiffPIR, PiGDM, Result, dpir, sample
 from blindlib.schedule import NoiseSchedule
 from blindlib.simulate import (
     blur_kernels,
@@ -61,6 +63,7 @@ __all__ = [
     "L2",
     "Blur",
     "Deblurred",
+    "DeepLinear",
     "DiffPIR",
     "DiffusionPrior",
     "Downsample",
@@ -88,6 +91,7 @@ __all__ = [
     "deblur_folder",
     "defocus_kernels",
     "diffusion_em",
+    "dpir",
     "fast_em",
     "fit_flow",
     "fit_kernel",
@@ -100,6 +104,7 @@ __all__ = [
     "load_kernel_denoiser",
     "load_operator",
     "load_prior",
+    "mirrored",
     "mitigate",
     "mixed_tilts",
     "mnc",

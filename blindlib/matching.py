@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from blindlib.baselines import differences
 from blindlib.jobs import Team
@@ -90,6 +91,60 @@ def standard(y: Tensor) -> Tensor:
 def simplex(theta: Tensor) -> Tensor:
     """Free parameters (..., K, L) to kernels ``|theta| / sum |theta|``: non-negative, of sum one."""
     return theta.abs() / theta.abs().sum((-2, -1), keepdim=True)
+
+
+class DeepLinear(nn.Module):
+    """A kernel as a chain of small convolutions with many channels, without biases or anything nonlinear between them.
+
+    As a network this is one linear filter, for super-resolution with a stride at its last layer (KernelGAN, arXiv
+    1909.06581; arXiv 2506.14605). Its gradients reach the kernel through the layers, so that pixels do not move one by
+    one. The kernel that the layers make together is far cheaper to apply than they are, and has the same gradients; so
+    this gives the kernel, and the operator, a :class:`~blindlib.operators.Downsample`, has the stride.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Sides of the layers' filters; the kernel's is ``1 + sum(size - 1)``.
+    channels : int
+        Between the layers; the paper has 64.
+    seed : int
+        Of the first weights.
+
+    Raises
+    ------
+    ValueError
+        If a size or the channels are no positive integer, or there is no layer.
+    """
+
+    def __init__(self, sizes: Sequence[int] = (7, 5, 3, 1, 1, 1), *, channels: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        if not sizes:
+            raise ValueError("sizes: expected at least one layer, got none")
+        _check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        widths = [1, *[channels] * (len(sizes) - 1), 1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList(
+                nn.Conv2d(i, o, size, bias=False) for i, o, size in zip(widths, widths[1:], sizes, strict=False)
+            )
+
+    def forward(self) -> Tensor:
+        """The layers' answer to one bright pixel, (1, 1, K, K): of either sign, of any sum."""
+        h = self.layers[0].weight.new_ones(1, 1, 1, 1)
+        for layer in self.layers:
+            h = F.conv2d(h, layer.weight, padding=layer.kernel_size[0] - 1)
+        return h
+
+    def fit(self, kernel: Tensor, *, steps: int = 300, learning_rate: float = 3e-3) -> None:
+        """Make the layers give ``kernel`` (1, 1, K, K), by least squares with Adam."""
+        if kernel.shape != self().shape:
+            raise ValueError(f"kernel: expected shape {tuple(self().shape)}, got {tuple(kernel.shape)}")
+        optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+        for step in range(steps):
+            _set_rate(optimizer, learning_rate, step, steps)
+            optimizer.zero_grad()
+            (self() - kernel).square().sum().backward()
+            optimizer.step()
 
 
 def off_centre(kernel: Tensor) -> Tensor:
@@ -270,6 +325,7 @@ def learn_operator(
     compact: float = 0.0,
     flow: UNet | None = None,
     start: Tensor | None = None,
+    parameters: DeepLinear | None = None,
     truth: Tensor | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -316,6 +372,10 @@ def learn_operator(
     start : Tensor, shape of the kernel, optional
         Kernel to start from; default: that of :meth:`Moments.fit`, from :func:`retrieved_kernel`,
         or, for a :class:`Downsample`, from a blot.
+    parameters : DeepLinear, optional
+        Learn the layers of a deep linear net, of which the kernel is made, instead of its pixels. A copy of it is
+        fitted to the start first. :func:`simplex` makes a kernel of what it gives, as of pixels: the papers penalise
+        sums other than one instead, and leave the sign free.
     truth : Tensor, shape of the kernel, optional
         The true kernel, for the MNC in progress and history; it does not change the run.
     seed, folder, device, progress
@@ -371,6 +431,9 @@ def learn_operator(
     shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
     if start.shape != shape:
         raise ValueError(f"start: expected shape {shape}, got {tuple(start.shape)}")
+    model = _Pixels(shape) if parameters is None else copy.deepcopy(parameters)
+    if model().shape != shape:
+        raise ValueError(f"parameters: expected such as give a kernel of shape {shape}, got {tuple(model().shape)}")
     if flow is None:
         common = dict(seed=seed, folder=folder, device=device, progress=progress)
         flow = fit_flow(ys, patch=patch, positions=varying, **common)
@@ -379,13 +442,13 @@ def learn_operator(
         raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
 
     data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
-    # A little above zero, where |theta| has no slope.
-    theta = torch.nn.Parameter((start.to(device) + 1e-5).clone())
-    optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=(0.5, 0.95))
+    about |= dict(parameters=_fingerprint(model.parameters()))
+    model.to(device).fit(start.to(device))
+    team.average(p.data for p in model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.95))
     nets = torch.nn.ModuleDict({"data": data, "auxiliary": auxiliary})
     follower = torch.optim.Adam(nets.parameters(), lr=flow_rate)
-    holder = torch.nn.ParameterDict({"kernel": theta})
-    parts = dict(kernel=holder, nets=nets, optimizer=optimizer, follower=follower)
+    parts = dict(kernel=model, nets=nets, optimizer=optimizer, follower=follower)
     about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact)
     about |= dict(learning_rate=learning_rate, patch=patch, operator=repr(operator), start=_fingerprint(start))
     about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
@@ -396,7 +459,7 @@ def learn_operator(
         g = _generator(seed, 1, step, team.rank)
         x = _patches(xs, batch, scene, g)[0].to(device)
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
-        k = simplex(theta)
+        k = simplex(model())
         if varying:
             corners = [_corner(field, (patch, patch), g) for _ in x]
             blurred = [operator(one, k, part=(*at, *field)) for one, at in zip(x.split(1), corners, strict=True)]
@@ -412,7 +475,7 @@ def learn_operator(
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        team.average([theta.grad])
+        team.average(p.grad for p in model.parameters())
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
@@ -426,10 +489,10 @@ def learn_operator(
         follower.step()
         run.note(gap=difference.square().mean())
         if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
-            now = simplex(theta.detach()).cpu()
+            now = simplex(model().detach()).cpu()
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)
-    end, start = simplex(theta.detach()).cpu(), start.cpu()
+    end, start = simplex(model().detach()).cpu(), start.cpu()
     deviation = team.agreed(torch.stack([moments(k).cpu() for k in (start, end)]))
     worse = deviation[1].max() > max(1.2, float(deviation[0].max()))
     return Learned(start if worse else end, operator, noise_std, flow, run.stacked(), deviation, run.seconds)
@@ -707,6 +770,33 @@ class FieldMoments:
         return moments
 
 
+def mirrored(psfs: Tensor) -> Tensor:
+    """PSFs over a field made to mirror one another about its middle, as those of a lens do about its axis.
+
+    Each becomes the mean of itself and its mirror images, left and right, above and below. Fitted one by one they err
+    each in its own way, and the mean of four errs less.
+
+    Parameters
+    ----------
+    psfs : Tensor, shape (B, rows, columns, C, K, K)
+        K odd, so that a mirror leaves the centre where it is.
+
+    Returns
+    -------
+    Tensor, as ``psfs``
+
+    Raises
+    ------
+    ValueError
+        If the shape is no such one.
+    """
+    if psfs.ndim != 6 or psfs.shape[-1] % 2 == 0 or psfs.shape[-2] % 2 == 0:
+        raise ValueError(f"psfs: expected shape (B, rows, columns, C, K, K) with K odd, got {tuple(psfs.shape)}")
+    for axis, cells in ((-1, 2), (-2, 1)):
+        psfs = (psfs + psfs.flip(axis, cells)) / 2
+    return psfs
+
+
 class _OnePSF(Blur):
     """The blur of parts of a field as a function of one of its PSFs; always of the same scenes, each in one part."""
 
@@ -726,6 +816,21 @@ class _OnePSF(Blur):
             self.fixed = rest.detach(), weight
         rest, weight = self.fixed
         return rest + weight * y
+
+
+class _Pixels(nn.Module):
+    """A kernel's pixels themselves, as what is learned; beside :class:`DeepLinear`."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(*shape))
+
+    def forward(self) -> Tensor:
+        return self.kernel
+
+    @torch.no_grad()
+    def fit(self, kernel: Tensor) -> None:
+        self.kernel.copy_(kernel + 1e-5)  # a little above zero, where |theta| has no slope
 
 
 def _blot(kernel_size: int) -> Tensor:

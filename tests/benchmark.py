@@ -32,6 +32,7 @@ from blindlib import (
     dead_leaves,
     deblur,
     diffusion_em,
+    dpir,
     fast_em,
     l0_pyramid,
     load_prior,
@@ -86,6 +87,9 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
         "kernel known, DiffPIR": partial(with_kernel, k, noise_std),
+        "kernel known, DPIR": lambda: Result(
+            {"image": dpir(y, known, image, noise_std)}, 1, torch.zeros(1), 8, 0.0, {}
+        ),
         "as deblur: l0_pyramid, FastEM, parallel": as_deblur,
         "l0_pyramid, then DiffPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
         "kernel known, PiGDM": partial(sample, y, known, only, steps=100, guidance=PiGDM(noise_std)),

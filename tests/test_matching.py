@@ -9,6 +9,7 @@ from PIL import Image
 
 from blindlib import (
     Blur,
+    DeepLinear,
     Downsample,
     FieldMoments,
     Moments,
@@ -18,8 +19,10 @@ from blindlib import (
     fit_flow,
     gaussian_kernels,
     learn_operator,
+    lens_psfs,
     load_operator,
     matching,
+    mirrored,
     mnc,
     motion_kernels,
     shaken_psfs,
@@ -291,6 +294,22 @@ def test_the_noise_of_a_field_is_found_too(field_sets):
     assert moments(ROLLED.mean(1, keepdim=True)).max() < 2
 
 
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5)])
+def test_a_lens_is_its_own_mirror_image(grid, g):
+    """It is left as it is, and errors that do not mirror one another are halved in each place but the axes."""
+    lens = lens_psfs(grid, 9)
+    torch.testing.assert_close(mirrored(lens), lens, atol=1e-6, rtol=0)
+    error = torch.randn(lens.shape, generator=g)
+    left = mirrored(lens + error) - lens
+    assert left[0, 0, 0].std() == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(left, mirrored(left), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left[:, 0, -1], left[:, 0, 0].flip(-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(left[:, -1, 0], left[:, 0, 0].flip(-2), atol=1e-6, rtol=0)
+    for wrong in (lens[..., :8, :8], lens[0]):
+        with pytest.raises(ValueError, match="psfs: expected shape .* with K odd, got"):
+            mirrored(wrong)
+
+
 def test_networks_know_where_in_the_field_a_patch_lies(g):
     y = torch.zeros(400, 1, 4, 6)
     at = _positions([(0, 0)] * 400, (8, 12), y, g)
@@ -322,6 +341,94 @@ def test_learning_a_grid_of_psfs(field_sets, tmp_path):
         learn_operator(clean, degraded, start=FLAT, **common)
     with pytest.raises(TypeError, match="operator: a SpaceVaryingBlur has the moments of each cell"):
         Moments(clean, degraded, blur, noise_std=0.01, kernel_size=7)
+
+
+# -------------------------------------------------------------------------------------------- a deep linear kernel
+
+
+def test_a_deep_kernel_is_its_layers_one_after_the_other(g):
+    """With the stride at the last of them, as super-resolution has it; and every layer learns."""
+    net = DeepLinear((5, 3, 3, 1, 1), channels=6, seed=1)
+    x = torch.randn(2, 1, 24, 20, generator=g)
+    h = x
+    for i, layer in enumerate(net.layers):
+        h = torch.nn.functional.conv2d(h, layer.weight, stride=2 if i == 4 else 1)
+    kernel = net()
+    assert kernel.shape == (1, 1, 9, 9) and kernel.min() < 0
+    torch.testing.assert_close(Downsample(2)(x, kernel), h, atol=1e-5, rtol=1e-4)
+    h.square().sum().backward()
+    there = [layer.weight.grad.clone() for layer in net.layers]
+    net.zero_grad()
+    Downsample(2)(x, net()).square().sum().backward()
+    for layer, expected in zip(net.layers, there, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(layer.weight.grad, expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(DeepLinear((5, 3, 3, 1, 1), channels=6, seed=1)(), kernel)
+    assert not torch.equal(DeepLinear((5, 3, 3, 1, 1), channels=6, seed=2)(), kernel)
+
+
+def test_a_deep_kernel_starts_from_one_that_is_given_and_is_found_by_regression(g):
+    truth, coarse = motion_kernels(1, 9, extent=(0.7, 0.9), seed=8), Downsample(2)
+    net = DeepLinear((5, 3, 3, 1), channels=16)
+    net.fit(gaussian_kernels(1, 9, std=(1.2, 1.2), seed=0))
+    torch.testing.assert_close(net(), gaussian_kernels(1, 9, std=(1.2, 1.2), seed=0), atol=3e-3, rtol=0)
+    x = torch.randn(4, 1, 40, 40, generator=g)
+    y = coarse(x, truth)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (coarse(x, net()) - y).square().mean().backward()
+        optimizer.step()
+    assert mnc(net().detach(), truth) > 0.995
+
+
+def test_learning_a_deep_kernel_and_going_on(sets, tmp_path, monkeypatch):
+    clean, k = sets[0], sets[2]
+    degraded = Downsample(2)(dead_leaves(60, 46, seed=1), k)
+    flow = fit_flow(degraded, patch=8, steps=2, batch=4, net=TINY)
+    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+    net = DeepLinear((3, 3, 3, 1), channels=8, seed=5)
+    before = net()
+
+    def run(folder, **change):
+        options = dict(flow=flow, start=k, learning_rate=1e-3, folder=folder, parameters=net)
+        return tiny(clean, degraded, Downsample(2), **options | change)
+
+    whole = run(None)
+    assert torch.equal(net(), before), "the net that was given has been changed"
+    assert mnc(whole.kernel, k) > 0.97 and whole.kernel.min() >= 0 and whole.kernel.sum() == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(whole.kernel, k) and not torch.equal(whole.kernel, run(None, parameters=None).kernel)
+    real = matching.save_whole
+
+    def kill(state, path):
+        real(state, path)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(matching, "save_whole", kill)
+        run(tmp_path)
+    assert torch.equal(run(tmp_path).kernel, whole.kernel)
+    with pytest.raises(ValueError, match="is of another run, whose parameters differed"):
+        run(tmp_path, parameters=DeepLinear((3, 3, 3, 1), channels=8, seed=6))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(sizes=(3, 0)), r"sizes\[1\]: expected a positive integer, got 0"),
+        (dict(sizes=()), "sizes: expected at least one layer, got none"),
+        (dict(channels=0), "channels: expected a positive integer, got 0"),
+    ],
+)
+def test_bad_layers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DeepLinear(**arguments)
+
+
+def test_a_deep_kernel_has_its_size():
+    with pytest.raises(ValueError, match=r"kernel: expected shape \(1, 1, 5, 5\), got \(1, 1, 7, 7\)"):
+        DeepLinear((3, 3)).fit(FLAT)
 
 
 # ------------------------------------------------------------------------------------------------ the whole thing
@@ -458,6 +565,11 @@ def test_images_of_any_size(sets):
         (dict(noise_std=None), ValueError, "noise_std: has to be given with a start"),
         (dict(operator=print), TypeError, "operator: expected a Blur, Downsample or SpaceVaryingBlur, got built"),
         (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
+        (
+            dict(parameters=DeepLinear((3, 3))),
+            ValueError,
+            r"parameters: .* a kernel of shape \(1, 1, 7, 7\), got \(1, 1, 5, 5\)",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

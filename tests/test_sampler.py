@@ -16,6 +16,8 @@ from blindlib import (
     Turbulence,
     UNet,
     UniformPrior,
+    dpir,
+    gaussian_kernels,
     motion_kernels,
     sample,
 )
@@ -112,6 +114,30 @@ def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps
     exact = posterior_mean(prior, y, k, std)
     error = (run.posterior("image").mean(1) - exact).norm() / exact.norm()
     assert error < 0.2
+
+
+def test_dpir_on_a_gaussian_ends_where_the_algebra_says(g):
+    """x = (h* y + alpha z) / (|h|^2 + alpha) and z = S / (S + sigma^2) x hold each other at one noise level."""
+    prior, std, strength = GaussianPrior(0.0, spectrum=spectrum(16)), 0.05, 0.7
+    k, y = gaussian_kernels(1, 5, std=(0.6, 0.8), seed=0), 0.5 * torch.randn(1, 1, 16, 16, generator=g)
+    found = dpir(y, partial(Blur(), kernel=k), prior, std, first=std, strength=strength, steps=600)
+    h, s, sigma = otf(k, (16, 16)), prior.spectrum, prior.schedule.sigma(prior.schedule.time(std))
+    gain = s * h.conj() / ((s + sigma**2) * h.abs() ** 2 + strength * std**2)
+    torch.testing.assert_close(found, torch.fft.irfft2(gain * torch.fft.rfft2(y), s=(16, 16)), atol=1e-4, rtol=1e-3)
+
+
+def test_dpir_step_by_step(g):
+    """Its noise levels, from the first to that of the measurement, and what it starts from: A^T y / A^T 1."""
+    prior, k = GaussianPrior(0.1, spectrum=spectrum(16)), motion_kernels(1, 7, seed=2)
+    y = 0.5 * torch.randn(1, 1, 10, 10, generator=g)
+    blur = Blur("valid")
+    z = blur.adjoint(y, k) / blur.adjoint(torch.ones_like(y), k).clamp(min=1e-3)
+    for level in (0.4, 0.2, 0.1):
+        t = prior.schedule.time(level)
+        a, sigma = prior.schedule.alpha_bar(t), prior.schedule.sigma(t)
+        z = prior.denoise(a**0.5 * blur.solve(y, k, z, 0.3 * (0.1 / sigma) ** 2), t)
+    found = dpir(y, partial(blur, kernel=k), prior, 0.1, steps=3, strength=0.3, first=0.4)
+    torch.testing.assert_close(found, z, atol=1e-5, rtol=1e-4)
 
 
 def test_unconditional_samples_have_the_priors_spectrum():
@@ -258,6 +284,24 @@ def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
 def test_other_operators_with_every_guidance(small_priors, y, operator, scene, guidance):
     run = sample(y, operator, {"image": small_priors["image"]}, steps=3, samples=2, guidance=guidance)
     assert run.image.shape == (6, 3, scene, scene) and torch.isfinite(run.image).all()
+
+
+@pytest.mark.parametrize(
+    "operator, scene",
+    [
+        *[(partial(Blur(b), kernel=motion_kernels(1, 7, seed=2)), 16) for b in ("circular", "zero", "reflect")],
+        (partial(Blur("valid"), kernel=torch.full((1, 1, 9, 9), 1 / 81)), 24),
+        (partial(SpaceVaryingBlur(), psfs=torch.full((1, 2, 2, 1, 9, 9), 1 / 81)), 24),
+        (partial(Downsample(2, "zero"), kernel=torch.full((1, 1, 3, 3), 1 / 9)), 32),
+    ],
+    ids=["circular", "zero", "reflect", "valid", "space-varying", "downsampled"],
+)
+def test_dpir_with_every_operator(small_priors, y, operator, scene):
+    """Items do not influence one another, and nothing is left to chance."""
+    image = small_priors["image"]
+    whole, again = (dpir(y, operator, image, 0.1, steps=3) for _ in range(2))
+    assert whole.shape == (3, 3, scene, scene) and torch.equal(whole, again)
+    torch.testing.assert_close(dpir(y[1:2], operator, image, 0.1, steps=3), whole[1:2], atol=1e-3, rtol=0)
 
 
 def test_history_is_thinned_and_calls_back(small_priors, y):
@@ -428,6 +472,31 @@ def test_respaced_steps_grow_fivefold_at_most_and_follow_the_side():
 def test_diffpir_needs_a_solver(small_priors, y):
     with pytest.raises(TypeError, match="needs an operator with a solve method"):
         sample(y, lambda image: image, {"image": small_priors["image"]}, steps=2, guidance=DiffPIR(noise_std=0.1))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(y=torch.zeros(3, 16, 16)), ValueError, r"y: expected shape \(B, C, h, w\)"),
+        (dict(operator=Blur()), ValueError, "priors: no prior for kernel"),
+        (dict(operator=lambda image: image), TypeError, "needs an operator with a solve method"),
+        (dict(noise_std=5.0), ValueError, r"noise_std: expected a number in \[0, 1\)"),
+        (dict(noise_std=math.nan), ValueError, "noise_std"),
+        (dict(steps=0), ValueError, "steps: expected a positive integer, got 0"),
+        (dict(strength=0.0), ValueError, "strength: expected a positive number, got 0.0"),
+        (dict(first=math.inf), ValueError, "first: expected a positive number, got inf"),
+        (
+            dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), math.nan))),
+            ArithmeticError,
+            "dpir: the estimate is no number",
+        ),
+    ],
+)
+def test_bad_input_of_dpir(small_priors, change, error, message):
+    known = partial(Blur(), kernel=torch.full((1, 1, 3, 3), 1 / 9))
+    arguments = dict(y=torch.zeros(1, 3, 16, 16), operator=known, prior=small_priors["image"], noise_std=0.1) | change
+    with pytest.raises(error, match=message):
+        dpir(**arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ frames
