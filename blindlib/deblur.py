@@ -1,4 +1,4 @@
-"""From a blurred photograph to a sharp one: EM and parallel sampling for the kernel, DiffPIR for the picture."""
+"""From a blurred photograph to a sharp one: EM and parallel sampling for the kernel, DPIR for the picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
-from blindlib.sampler import DPS, DiffPIR, Result, bar, sample
+from blindlib.sampler import DPS, DiffPIR, Result, bar, dpir, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -90,8 +90,8 @@ def deblur(
 ) -> Deblurred:
     """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
 
-    The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored by
-    DiffPIR (:func:`restore`). If the kernel found is next to a single bright pixel, the picture was not blurred, and
+    The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored, by
+    :func:`restore`. If the kernel found is next to a single bright pixel, the picture was not blurred, and
     comes back as it is.
 
     Parameters
@@ -167,14 +167,14 @@ def deblur(
         say(f"finding the kernel from {part.shape[-1]}x{part.shape[-2]} pixels")
         options = dict(steps=steps, starts=starts, seed=seed, progress=progress)
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
-        kernels, stds = kernels[:samples], [with_misfit(noise_std, r) for r in rest[:samples]]
+        # What no picture explains with a kernel that is not quite right is noise to the restoration.
+        kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
         sharp = (mnc(kernels, no_blur(1, window).to(kernels)) >= SHARP).tolist()
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
-    options = dict(seed=seed, progress=progress)
     images = [
-        y if as_it_is else restore(y, k[None], priors["image"], blur, std, **options)
+        y if as_it_is else restore(y, k[None], priors["image"], blur, std, progress=progress)
         for k, std, as_it_is in zip(kernels, stds, sharp, strict=True)
     ]
     images = torch.cat(images)
@@ -274,16 +274,13 @@ def restore(
     operator: Blur | SpaceVaryingBlur | Downsample,
     noise_std: float,
     *,
-    steps: int = 20,
-    samples: int = 4,
+    steps: int = 8,
     tile: int = 256,
-    seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """Undo a known operator: the mean of posterior samples by DiffPIR.
+    """Undo a known operator by :func:`~blindlib.dpir`; large pictures are restored piece by piece.
 
-    Of all estimates the posterior's mean has the least squared error; each sample adds details of its own making.
-    Large pictures are restored piece by piece.
+    One estimate that adds no details of its own making. Samples of what is possible are :func:`~blindlib.sample`'s.
 
     Parameters
     ----------
@@ -297,11 +294,9 @@ def restore(
         are no multiples of the prior's stride.
     noise_std : float
     steps : int
-    samples : int
-        One is sharper to the eye and a decibel further from the truth.
+        Network evaluations of each piece.
     tile : int
         Larger pictures are cut into overlapping pieces of about this side.
-    seed : int
     progress : bool
 
     Returns
@@ -311,13 +306,12 @@ def restore(
     """
     varying, factor = isinstance(operator, SpaceVaryingBlur), getattr(operator, "factor", 1)
 
-    def mean(y: Tensor, k: Tensor, **place: object) -> Tensor:
+    def undone(y: Tensor, k: Tensor, **place: object) -> Tensor:
         known = partial(operator, **{"psfs" if varying else "kernel": k}, **place)
-        options = dict(steps=steps, samples=samples, seed=seed)
-        return restorations(y, known, prior, noise_std, **options).posterior("image").mean(1)
+        return dpir(y, known, prior, noise_std, steps=steps)
 
     if operator.boundary != "valid":
-        return mean(y, kernel)
+        return undone(y, kernel)
     k, sizes = kernel.shape[-1], y.shape[-2:]
     spans = [_spans(side, tile // factor, k) for side in sizes]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
@@ -329,28 +323,13 @@ def restore(
         grow = [-(factor * side + k - 1) % prior.stride for side in piece.shape[-2:]]
         before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
         grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
-        scene = mean(piece, grown, **({"part": (top, left, *sizes)} if varying else {}))
+        scene = undone(piece, grown, **({"part": (top, left, *sizes)} if varying else {}))
         inner = scene[..., *seen(scene.shape[-2:], grown.shape[-2:])]
         there = (..., slice(factor * top, factor * bottom), slice(factor * left, factor * right))
         ramp = _ramp(inner.shape[-2], k, y)[:, None] * _ramp(inner.shape[-1], k, y)
         out[there] += ramp * inner
         weight[there] += ramp
     return out / weight
-
-
-def restorations(
-    y: Tensor, operator: Callable, prior: DiffusionPrior, noise_std: float, *, steps: int = 20, **options: object
-) -> Result:
-    """Posterior samples of the image behind ``y`` by DiffPIR, all else known; options are those of :func:`sample`."""
-    return sample(y, operator, {"image": prior}, steps=steps, guidance=DiffPIR(noise_std, strength=1.0), **options)
-
-
-def with_misfit(noise_std: float, rest: Tensor | float) -> float:
-    """The noise that a restoration should expect when the operator is not quite right: ``rest`` is unexplained.
-
-    A half more than that, since the picture that this was told from could adapt to the operator.
-    """
-    return max(noise_std, 1.5 * float(rest))
 
 
 def refine(

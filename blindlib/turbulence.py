@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import estimate_noise, find_kernels, refine, restorations, restore, with_misfit
+from blindlib.deblur import estimate_noise, find_kernels, refine
 from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior
-from blindlib.sampler import Result
+from blindlib.sampler import DiffPIR, Result, sample
 
 # Smoothness of the flow in pixels, round by round.
 COARSE_TO_FINE = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)
@@ -136,15 +136,22 @@ def mitigate(
     left = estimate_noise(still)
     two = {name: priors[name] for name in ("image", "kernel")}
     kernel, rest = find_kernels(still, two, blur, left, steps=steps, **common)
-    image = restore(still, kernel, priors["image"], blur, with_misfit(left, rest), **common)
+
+    def mean(y: Tensor, known: Callable, std: float) -> Tensor:
+        """Of posterior samples; by frames whose tilts are a little wrong, plug and play is led further astray."""
+        options = dict(steps=20, samples=samples, guidance=DiffPIR(std, strength=1.0), **common)
+        return sample(y, known, {"image": priors["image"]}, **options).posterior("image").mean(1)
+
+    image = mean(still, partial(blur, kernel=kernel), max(left, 1.5 * float(rest)))
     tilt = flow(y, image, kernel, tilt, operator)
 
     run, kernel = refine(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
     image = run.posterior("image").mean(1)
     for _ in range(rounds):
         tilt = flow(y, image, kernel, tilt, operator)
-        std = with_misfit(noise_std, (y - operator(image, kernel, tilt)).square().mean().sqrt())
         known = partial(operator, kernel=kernel, tilt=tilt)
-        run = restorations(y, known, priors["image"], std, samples=samples, **common)
-        image = run.posterior("image").mean(1)
-    return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1)
+        rest = (y - known(image=image)).square().mean().sqrt()
+        # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
+        image = mean(y, known, max(noise_std, 1.5 * float(rest)))
+    rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
+    return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1, residual=rest[None])

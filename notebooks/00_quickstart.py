@@ -73,7 +73,7 @@ _ = display.show({"the photograph": blurred}, size=3)
 # One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
 # by diffusion (*Fast Diffusion EM*). To the best it adds a little noise and lets image and kernel run down together,
 # each denoised by its own prior and both pulled towards explaining the photograph (*parallel diffusion*, BlindDPS).
-# Then it restores the whole picture with the kernel that it found, as the mean of four draws.
+# Then it restores the whole picture with the kernel that it found and the image prior as a denoiser (*plug and play*).
 
 # %%
 if preset != "ci":

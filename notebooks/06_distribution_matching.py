@@ -369,9 +369,10 @@ print(f"MNC: blot {mnc(blot, kernel).item():.3f}, then networks {mnc_blot[-1].it
 # %% [markdown]
 # ## What it is good for
 #
-# Pictures of the same camera that were not among the thousand, restored by DiffPIR with each of the kernels. And what
-# one can do with a single picture: `deblur` finds a kernel from that picture alone, by Fast Diffusion EM and BlindDPS,
-# and restores with DiffPIR in the same way.
+# Pictures of the same camera that were not among the thousand, restored with each of the kernels, by plug and play
+# (`dpir`: in turns the image that explains the measurement and the image prior as a denoiser). And what one can do with
+# a single picture: `deblur` finds a kernel from that picture alone, by Fast Diffusion EM and BlindDPS, and restores in
+# the same way.
 
 # %%
 if preset != "ci":
@@ -532,5 +533,5 @@ _ = display.record(
 #   Integration*, Econometrica 1989.
 # - J. R. Fienup, *Phase retrieval algorithms: a comparison*, Applied Optics 1982.
 # - A. Goldstein, R. Fattal, *Blur-Kernel Estimation from Spectral Irregularities*, ECCV 2012.
-# - Y. Zhu et al., *Denoising Diffusion Models for Plug-and-Play Image Restoration* (DiffPIR), CVPRW 2023,
-#   [arXiv 2305.08995](https://arxiv.org/abs/2305.08995).
+# - K. Zhang et al., *Plug-and-Play Image Restoration with Deep Denoiser Prior* (DPIR), TPAMI 2021,
+#   [arXiv 2008.13751](https://arxiv.org/abs/2008.13751).

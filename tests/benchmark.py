@@ -26,13 +26,13 @@ from torch import Tensor
 from blindlib import (
     DPS,
     Blur,
+    DiffPIR,
     PiGDM,
     Result,
     as_published,
     dead_leaves,
     deblur,
     diffusion_em,
-    dpir,
     fast_em,
     l0_pyramid,
     load_prior,
@@ -46,7 +46,7 @@ from blindlib.jobs import imap_unordered
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
-RESTORE = 80  # network evaluations of `restore`: 20 steps of four samples
+RESTORE = 8  # network evaluations of `restore`
 OURS = DPS()
 
 
@@ -73,7 +73,7 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
         return partial(sample, y, Blur(), priors, steps=steps, guidance=guidance.respaced(steps, side))
 
     def with_kernel(kernel: Tensor, noise: float) -> Result:
-        """``y`` restored as ``deblur`` does; what a kernel that was found cannot explain is noise to it."""
+        """``y`` restored as ``deblur`` does."""
         latents = {"image": restore(y, kernel, image, Blur(), noise), "kernel": kernel}
         return Result(latents, 1, torch.zeros(1), RESTORE, 0.0, {})
 
@@ -86,12 +86,12 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
 
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
-        "kernel known, DiffPIR": partial(with_kernel, k, noise_std),
-        "kernel known, DPIR": lambda: Result(
-            {"image": dpir(y, known, image, noise_std)}, 1, torch.zeros(1), 8, 0.0, {}
-        ),
+        "kernel known, DPIR": partial(with_kernel, k, noise_std),
         "as deblur: l0_pyramid, FastEM, parallel": as_deblur,
-        "l0_pyramid, then DiffPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
+        "l0_pyramid, then DPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
+        "kernel known, DiffPIR, n = 4": partial(
+            sample, y, known, only, steps=20, samples=4, guidance=DiffPIR(noise_std)
+        ),
         "kernel known, PiGDM": partial(sample, y, known, only, steps=100, guidance=PiGDM(noise_std)),
         "FastEM-PiGDM, n = 1, 30 steps": partial(fast, steps=30),
         "FastEM-PiGDM, n = 1": partial(fast, steps=100),

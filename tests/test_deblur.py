@@ -135,7 +135,7 @@ def test_the_prior_of_print_is_chosen_by_name_and_knows_print(blurred):
 
 def test_restore_with_the_known_kernel(blurred):
     scene, k, y = blurred
-    out = restore(y, k, load_prior("image"), Blur("valid"), 0.02, samples=1)
+    out = restore(y, k, load_prior("image"), Blur("valid"), 0.02)
     assert out.shape == y.shape
     assert psnr(out, scene) > psnr(y, scene) + 4
 
@@ -144,7 +144,7 @@ def test_pieces_fit_together(blurred):
     """Restoring in overlapping pieces gives what restoring in one go gives, seams included."""
     scene, k, y = blurred
     prior = load_prior("image")
-    whole, pieces = (restore(y, k, prior, Blur("valid"), 0.02, samples=1, tile=t) for t in (256, 56))
+    whole, pieces = (restore(y, k, prior, Blur("valid"), 0.02, tile=t) for t in (256, 56))
     assert psnr(pieces, scene) > psnr(whole, scene) - 1.0
 
 
@@ -152,7 +152,7 @@ def test_restoring_what_varies_over_the_field(blurred):
     """The same PSF everywhere is the plain blur; in pieces, each place gets its own."""
     _, k, y = blurred
     prior, varying = load_prior("image"), SpaceVaryingBlur("valid")
-    small, quick = y[..., :49, :49], dict(samples=1, steps=5)
+    small, quick = y[..., :49, :49], dict(steps=4)
     plain = restore(small, k, prior, Blur("valid"), 0.02, **quick)
     psfs = k[:, None, None].expand(-1, 2, 2, -1, -1, -1)
     torch.testing.assert_close(restore(small, psfs, prior, varying, 0.02, **quick), plain, atol=1e-3, rtol=0)
@@ -161,8 +161,7 @@ def test_restoring_what_varies_over_the_field(blurred):
     x = dead_leaves(1, 104, seed=4)
     y, inner = varying(x, psfs), x[..., 4:-4, 4:-4]
     right, wrong = (
-        psnr(restore(y, p, prior, varying, 0.004, tile=64, samples=1, steps=10), inner, max_shift=2)
-        for p in (psfs, psfs.flip(1, 2))
+        psnr(restore(y, p, prior, varying, 0.004, tile=64), inner, max_shift=2) for p in (psfs, psfs.flip(1, 2))
     )
     assert right > psnr(y, inner, max_shift=2) + 3 and right > wrong + 3
 
@@ -170,11 +169,11 @@ def test_restoring_what_varies_over_the_field(blurred):
 def test_restoring_a_higher_resolution():
     x, k, coarse = dead_leaves(1, 104, seed=4), gaussian_kernels(1, 9, std=(1.2, 1.2), seed=0), Downsample(2)
     y = coarse(x, k)
-    out = restore(y, k, load_prior("image"), coarse, 0.004, samples=1)
+    out = restore(y, k, load_prior("image"), coarse, 0.004)
     inner, cubic = x[..., 4:-4, 4:-4], F.interpolate(y, scale_factor=2, mode="bicubic")
     assert out.shape == inner.shape
     assert psnr(out, inner) > psnr(cubic, inner, max_shift=1) + 3
-    pieces = restore(y, k, load_prior("image"), coarse, 0.004, samples=1, tile=64)
+    pieces = restore(y, k, load_prior("image"), coarse, 0.004, tile=64)
     assert psnr(pieces, inner) > psnr(out, inner) - 1
 
 
