@@ -14,7 +14,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 
 from blindlib.priors import pick_device
@@ -56,6 +55,8 @@ def imap_unordered(
     if cluster is None and jobs == 1:
         yield from map(task, items)
         return
+    from joblib import Parallel, delayed, parallel_config
+
     # A task has no arguments: large ones joblib would put on one worker, to die with it.
     calls = [delayed(partial(task, item))() for item in items]
     common = dict(return_as="generator_unordered", batch_size=1, pre_dispatch="all")

@@ -95,7 +95,7 @@ def _fractions(subpixel: int) -> list[tuple[float, float]]:
 
 def _ramp(size: Sequence[int], down: float, right: float) -> Tensor:
     """What a shift does to a spectrum (rfft2)."""
-    rows, columns = torch.fft.fftfreq(size[0]).double(), torch.fft.rfftfreq(size[1]).double()
+    rows, columns = torch.fft.fftfreq(size[0], dtype=torch.double), torch.fft.rfftfreq(size[1], dtype=torch.double)
     return torch.exp(-2j * torch.pi * (down * rows[:, None] + right * columns))
 
 

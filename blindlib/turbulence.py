@@ -137,12 +137,13 @@ def mitigate(
     two = {name: priors[name] for name in ("image", "kernel")}
     kernel, rest = find_kernels(still, two, blur, left, steps=steps, **common)
 
-    def mean(y: Tensor, known: Callable, std: float) -> Tensor:
+    def mean(y: Tensor, known: Callable, noise: float, rest: float) -> Tensor:
         """Of posterior samples; by frames whose tilts are a little wrong, plug and play is led further astray."""
-        options = dict(steps=20, samples=samples, guidance=DiffPIR(std, strength=1.0), **common)
+        # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
+        options = dict(steps=20, samples=samples, guidance=DiffPIR(max(noise, 1.5 * rest), strength=1.0), **common)
         return sample(y, known, {"image": priors["image"]}, **options).posterior("image").mean(1)
 
-    image = mean(still, partial(blur, kernel=kernel), max(left, 1.5 * float(rest)))
+    image = mean(still, partial(blur, kernel=kernel), left, float(rest))
     tilt = flow(y, image, kernel, tilt, operator)
 
     run, kernel = refine(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
@@ -151,7 +152,6 @@ def mitigate(
         tilt = flow(y, image, kernel, tilt, operator)
         known = partial(operator, kernel=kernel, tilt=tilt)
         rest = (y - known(image=image)).square().mean().sqrt()
-        # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
-        image = mean(y, known, max(noise_std, 1.5 * float(rest)))
+        image = mean(y, known, noise_std, float(rest))
     rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
     return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1, residual=rest[None])

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -218,6 +218,7 @@ def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
     return [Cell(setting, name, item, noise_std, *of_item[item]) for name in names for item in items]
 
 
+@cache
 def load_priors(device: str) -> dict:
     return {name: load_prior(name, device=device) for name in ("image", "kernel")}
 
