@@ -30,6 +30,7 @@ HANDICAP = 1.03
 EM_STEPS = 30
 # When the parallel diffusion starts from what EM has found: the noise of this time hides what is fine only.
 START_TIME = 120
+ROUNDS = 3
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
 
@@ -362,6 +363,7 @@ def find_kernels(
     *,
     steps: int = 60,
     starts: int = 1,
+    rounds: int = ROUNDS,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -370,7 +372,8 @@ def find_kernels(
     A run from pure noise spends most of its steps on coarse matters, and its noise decides which kernel it ends at.
     :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
     :func:`~blindlib.em.fast_em` comes to nearly the same kernel; where it does not, :func:`unexplained` tells which is
-    right. From the best the diffusion of image and kernel starts, with little noise. What it finds has to be better.
+    right. From the best the diffusion of image and kernel starts, with little noise, and again from what it finds,
+    provided that is better.
 
     Parameters
     ----------
@@ -380,9 +383,11 @@ def find_kernels(
     blur : Blur
     noise_std : float
     steps : int
-        Of the diffusion.
+        Of the diffusion, each time.
     starts : int
-        Runs of the diffusion, from the best of EM's kernels; when there are more, from the same with other noise.
+        How many of EM's kernels it starts from, the best; when there are more, from the same with other noise.
+    rounds : int
+        How often.
     seed : int
     progress : bool
 
@@ -404,11 +409,17 @@ def find_kernels(
     order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
     best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
-    options = dict(steps=steps, seed=[seed + i for i in range(starts)], progress=progress)
-    many = y.expand(starts, -1, -1, -1)
-    _, refined = refine(many, blur, priors, run.image[best], run.kernel[best], **options)
-    kernels = torch.cat([refined, found[order[:starts]]])
-    rest = torch.cat([unexplained(y, refined, priors["image"], blur, noise_std)[0], rest[order[:starts]]])
+    many, image, kernel, least = y.expand(starts, -1, -1, -1), run.image[best], run.kernel[best], rest[best]
+    kernels, rests = [found[order[:starts]]], [rest[order[:starts]]]
+    for i in range(rounds):
+        seeds = [seed + starts * i + start for start in range(starts)]
+        drawn, refined = refine(many, blur, priors, image, kernel, steps=steps, seed=seeds, progress=progress)
+        left, _ = unexplained(y, refined, priors["image"], blur, noise_std)
+        better = (left < least)[:, None, None, None]
+        image, kernel = torch.where(better, drawn.image, image), torch.where(better, drawn.kernel, kernel)
+        least = torch.minimum(left, least)
+        kernels, rests = [*kernels, refined], [*rests, left]
+    kernels, rest = torch.cat(kernels), torch.cat(rests)
     order = rest.argsort()[:starts]
     return kernels[order], rest[order]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blindlib.priors import Prior
+from blindlib.schedule import NoiseSchedule
 
 Latents = dict[str, Tensor]
 
@@ -432,7 +433,7 @@ def sample(
     operator: Callable[..., Tensor],
     priors: Mapping[str, Prior],
     *,
-    steps: int = 1000,
+    steps: int | Sequence[int] = 1000,
     seed: int | Sequence[int] = 0,
     guidance: Callable | None = None,
     samples: int = 1,
@@ -454,8 +455,11 @@ def sample(
         ``functools.partial(operator, kernel=k)``.
     priors : mapping of name to Prior
         One for each of the operator's unknown arguments.
-    steps : int
-        Reverse steps, from 1 to the length of the priors' schedule, or to ``start_time + 1``.
+    steps : int or sequence of int
+        Reverse steps, from 1 to the length of the priors' schedule, or to ``start_time + 1``. Or their times. Where a
+        time is not below the one before, the latents are denoised fully and get the noise of that time anew ("time
+        travel", arXiv 2201.09865): with ``t = schedule.timesteps``, ``t(300) + 12 * t(60, first=120)`` goes down
+        once from noise, and twelve times from where details are still hidden.
     seed : int or sequence of int
         The noise is a function of it and the index of the posterior sample; one for all measurements or one for each.
         An item comes out the same alone or in a batch.
@@ -495,7 +499,8 @@ def sample(
     shapes, schedule = _check(y, operator, priors, samples)
     if (start is None) != (start_time is None):
         raise ValueError("start, start_time: expected both or neither")
-    times = schedule.timesteps(steps, first=start_time)
+    times = _times(steps, start_time, schedule)
+    steps = len(times)
     if history < 0 or history > steps:
         raise ValueError(f"history: expected 0 <= history <= steps = {steps}, got {history}")
     draws = _Noise(seed, len(y), samples, y.device)
@@ -516,7 +521,7 @@ def sample(
     for i, (t, t_prev) in enumerate(bar(list(zip(times, [*times[1:], -1], strict=True)), "sampling", progress)):
         noise = {name: draws(*shapes[name]) for name in priors}
         with torch.no_grad():
-            x, x0, norm = guidance(x, t, t_prev, y, operator, priors, noise)
+            x, x0, norm = guidance(x, t, t_prev if t_prev < t else -1, y, operator, priors, noise)
         # Estimates are clipped, so that the residual stays small however far the latents run away: look at both.
         size = float(torch.stack([value.flatten(1).square().mean(1).max() for value in x.values()]).max().sqrt())
         if not size < LARGEST or not bool(torch.isfinite(norm).all()):
@@ -531,6 +536,9 @@ def sample(
                     kept[name].append(value.cpu())
             if callback is not None:
                 callback(i, now)
+        if t_prev >= t:
+            noise = {name: draws(*shapes[name]) for name in priors}
+            x = _diffused(x, noise, t_prev, priors, guidance, 1)
     latents = {name: priors[name].physical(value) for name, value in x.items()}
     return Result(
         latents=latents,
@@ -540,6 +548,18 @@ def sample(
         seconds=time.perf_counter() - started,
         history={name: torch.stack(values) for name, values in kept.items() if values},
     )
+
+
+def _times(steps: int | Sequence[int], first: int | None, schedule: NoiseSchedule) -> list[int]:
+    """The times of all steps."""
+    if not isinstance(steps, Sequence):
+        return schedule.timesteps(steps, first=first)
+    times = list(steps)
+    if not times or not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < len(schedule) for t in times):
+        raise ValueError(f"steps: expected a number, or times from 0 to {len(schedule) - 1}, got {steps!r:.80}")
+    if first is not None and times[0] != first:
+        raise ValueError(f"steps: times are expected to begin at start_time={first}, got {times[0]}")
+    return times
 
 
 def _diffused(

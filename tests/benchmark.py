@@ -41,7 +41,7 @@ from blindlib import (
     psnr,
     sample,
 )
-from blindlib.deblur import EM_STEPS, GUESSES, read_image, resize, restore
+from blindlib.deblur import EM_STEPS, GUESSES, ROUNDS, read_image, resize, restore
 from blindlib.jobs import imap_unordered
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
@@ -80,10 +80,20 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     def as_deblur() -> Result:
         made = deblur(y, boundary="circular", noise_std=noise_std, priors=priors, device=y.device, progress=False)
         # 20 for each kernel of EM or the diffusion, to choose.
-        evaluations = (len(GUESSES) + 1) * (EM_STEPS + 20) + 60 + 20 + RESTORE
+        evaluations = (len(GUESSES) + 1) * (EM_STEPS + 20) + ROUNDS * (60 + 20) + RESTORE
         latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
         return Result(latents, 1, torch.zeros(1), evaluations, 0.0, {})
 
+    # Most steps are spent on the way down from where only details are hidden, again and again.
+    t = image.schedule.timesteps
+    returns = partial(
+        sample,
+        y,
+        Blur(),
+        priors,
+        steps=t(160) + 4 * t(60, first=300) + 10 * t(60, first=120),
+        guidance=OURS.respaced(300, side),
+    )
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
         "kernel known, DPIR": partial(with_kernel, k, noise_std),
@@ -106,6 +116,7 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
         "FastEM-DPS, n = 4": partial(fast, steps=100, backbone="dps", samples=4),
         "DiffEM-DPS, n = 1": partial(diff, steps=50, rounds=10, backbone="dps"),
         "DiffEM-PiGDM, n = 4": partial(diff, steps=20, rounds=10, samples=4),
+        "BlindDPS, 1000 steps with returns": returns,
         "BlindDPS, 1000 steps": blind(1000),
         "DiffEM-DPS, n = 4": partial(diff, steps=50, rounds=10, backbone="dps", samples=4),
     }

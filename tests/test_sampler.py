@@ -164,6 +164,22 @@ def test_a_run_that_starts_late_keeps_the_prior(g):
     assert likeness[0, 0] > 0.9 and likeness[8, 8] < 0.5
 
 
+def test_a_run_that_returns_keeps_the_prior():
+    """Going back up and down again draws the fine anew and leaves the coarse, and what comes out is as likely."""
+    prior = GaussianPrior(0.0, spectrum=spectrum(16))
+    options = dict(operator=lambda image: 0 * image, priors={"image": prior}, samples=100)
+    times = prior.schedule.timesteps(300)
+    once = sample(torch.zeros(1, 1, 16, 16), steps=times, **options)
+    again = sample(torch.zeros(1, 1, 16, 16), steps=times + list(range(149, -1, -1)), **options)
+    assert again.evaluations == 450
+    before, after = (torch.fft.rfft2(run.image, norm="ortho") for run in (once, again))
+    power, power_before = (v.abs().square().mean((0, 1)) for v in (after, before))
+    assert (power / prior.spectrum[0]).mean().item() == pytest.approx(1, abs=0.05)
+    likeness = (after * before.conj()).real.mean((0, 1)) / (power * power_before).sqrt()
+    expected = prior.spectrum[0] / (prior.spectrum[0] + prior.schedule.sigma(149) ** 2)
+    assert (likeness - expected).abs().mean() < 0.1 and expected[0, 0] > 0.8 and expected[8, 8] < 0.2
+
+
 # ------------------------------------------------------------------------------------------------------ golden
 
 
@@ -364,6 +380,15 @@ def test_step_size_for_each_latent(small_priors, y):
     assert (frozen.kernel - free.kernel).abs().max() > 1e-4
 
 
+def test_times_in_place_of_their_number(small_priors, y):
+    times = small_priors["image"].schedule.timesteps(5)
+    some, same = (sample(y, Blur(), small_priors, steps=steps, history=5) for steps in (5, times))
+    assert torch.equal(some.image, same.image) and torch.equal(some.kernel, same.kernel)
+    longer = sample(y, Blur(), small_priors, steps=[*times, 40, 0], history=7)
+    assert longer.history["t"].tolist() == [*times, 40, 0]
+    assert torch.equal(longer.history["kernel"][:5], same.history["kernel"])
+
+
 def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
     """That of the run's first time, or less for a latent that leads; batch and samples as ever."""
 
@@ -409,6 +434,9 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
         (dict(y=torch.zeros(1, 3, 17, 16)), ValueError, "multiples of 2; crop y by 1 and 0 pixels"),
         (dict(y=torch.zeros(1, 3, 6, 6)), ValueError, r"kernel: \(8, 8\) is larger than the image"),
         (dict(steps=0), ValueError, "steps: expected an integer"),
+        (dict(steps=[]), ValueError, "steps: expected a number, or times from 0 to 999, got "),
+        (dict(steps=[5, 1000]), ValueError, r"times from 0 to 999, got \[5, 1000\]"),
+        (dict(start={}, start_time=50, steps=[40, 0]), ValueError, "expected to begin at start_time=50, got 40"),
         (dict(samples=0), ValueError, "samples: expected at least 1"),
         (dict(start={}), ValueError, "start, start_time: expected both or neither"),
         (dict(start={}, start_time=1000), ValueError, "first: expected an integer from 0 to 999, got 1000"),
