@@ -541,9 +541,9 @@ print(f"after {trips} returns {psnr_returned:.1f} dB, MNC {mnc_returned:.2f}")
 # the trips' own: their steps are dense where details settle. A sample that had been lucky is not kept. Whatever the
 # noise of $t = 300$ hides is drawn anew each time, from where the run happens to be: a Markov chain, which forgets its
 # beginning if it is long enough. That is its use. Where a first descent ends almost anywhere, on pictures of little
-# contrast, it takes a dozen trips; they are a better way to spend a thousand steps than one descent (README), and
-# still no way out of every wrong valley. `deblur` returns three times to $t = 120$, from the kernel that EM found, and
-# keeps what leaves less unexplained.
+# contrast, it takes a dozen trips, and they are no way out of every wrong valley: README has a thousand steps spent
+# so, on sixteen pictures. `deblur` returns three times to $t = 120$, from the kernel that EM found, and keeps what
+# leaves less unexplained.
 #
 # ## Where it fails
 #
