@@ -443,7 +443,7 @@ def as_published(kernel_size: int) -> dict:
 
 def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     if not isinstance(steps, int):  # times that rise again would put noise on the kernel, which here has none
-        raise TypeError(f"steps: EM expects a number, got {type(steps).__name__}")
+        raise ValueError(f"steps: EM expects a number, got {type(steps).__name__}")
     if name == "pigdm":
         return PiGDM(noise_std)
     if name == "dps":
