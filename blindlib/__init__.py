@@ -5,6 +5,7 @@ from blindlib.deblur import Deblurred, deblur, deblur_folder
 from blindlib.em import (
     L1,
     L2,
+    Annealed,
     KernelDenoiser,
     PlugAndPlay,
     Threshold,
@@ -61,6 +62,7 @@ __all__ = [
     "DPS",
     "L1",
     "L2",
+    "Annealed",
     "Blur",
     "Deblurred",
     "DeepLinear",

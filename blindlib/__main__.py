@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--operator", type=Path, help="undo this blur, which learn-operator found, at the photograph's full size"
     )
-    p.add_argument("--steps", type=int, help="of each run of the parallel diffusion (default: as blindlib.deblur)")
+    p.add_argument("--rounds", type=int, help="of EM, in each run (default: as blindlib.deblur)")
     p.add_argument("--starts", type=int, help="runs, the best of which counts (default: as blindlib.deblur)")
     p.add_argument(
         "--noise-std", type=float, help="of the photograph's noise on the [-1, 1] scale (default: estimated)"
@@ -126,7 +126,7 @@ def _deblur_folder(a: argparse.Namespace) -> str:
 
 def _options(a: argparse.Namespace) -> dict:
     """Those of :func:`deblur`."""
-    chosen = _given(a, "steps", "starts", "crop", "prior")
+    chosen = _given(a, "rounds", "starts", "crop", "prior")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")

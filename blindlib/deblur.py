@@ -1,4 +1,4 @@
-"""From a blurred photograph to a sharp one: EM and parallel sampling for the kernel, DPIR for the picture."""
+"""From a blurred photograph to a sharp one: diffusion EM for the kernel, DPIR for the picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.em import EM_BOUNDARIES, fast_em
+from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
@@ -28,9 +28,10 @@ from blindlib.sampler import DPS, DiffPIR, Result, bar, dpir, sample
 GUESSES = ((0.2, 500), (0.4, 500), (0.1, 2000))
 HANDICAP = 1.03
 EM_STEPS = 30
-# When the parallel diffusion starts from what EM has found: the noise of this time hides what is fine only.
-START_TIME = 120
-ROUNDS = 3
+# EM goes on from what it has found by going back to this time, whose noise hides what is fine only, again and again.
+START_TIME = 150
+ROUNDS = 12
+ROUND_STEPS = 6
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
 
@@ -76,7 +77,7 @@ def deblur(
     photo: Photo,
     *,
     kernel: Tensor | None = None,
-    steps: int = 60,
+    rounds: int = ROUNDS,
     starts: int = 1,
     samples: int = 1,
     boundary: str = "valid",
@@ -103,10 +104,10 @@ def deblur(
         [-1, 1].
     kernel : Tensor, shape (1, 1, K, K), optional
         The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K).
-    steps : int
-        Of each run of the parallel diffusion.
+    rounds : int
+        Of EM, each a short run of the image's diffusion and an M-step; see :func:`find_kernels`.
     starts : int
-        Runs of the parallel diffusion, from different guesses, at least as many as ``samples``.
+        Runs of EM, from different guesses, at least as many as ``samples``.
     samples : int
         How many of the runs are kept, those whose kernels explain the photograph best, each with its restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
@@ -166,7 +167,7 @@ def deblur(
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
         starts = max(starts, samples)
         say(f"finding the kernel from {part.shape[-1]}x{part.shape[-2]} pixels")
-        options = dict(steps=steps, starts=starts, seed=seed, progress=progress)
+        options = dict(rounds=rounds, starts=starts, seed=seed, progress=progress)
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
@@ -351,7 +352,7 @@ def refine(
     start = {"image": image, "kernel": kernel_to_latent(kernel)}
     # Steps as long as in a run of 300, which has about as many at these times.
     guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
-    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=START_TIME, **options)
+    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=120, **options)
     return run, recentred(_cleaned(run.posterior("kernel").mean(1)))
 
 
@@ -361,19 +362,19 @@ def find_kernels(
     blur: Blur,
     noise_std: float,
     *,
-    steps: int = 60,
-    starts: int = 1,
     rounds: int = ROUNDS,
+    starts: int = 1,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Kernels that explain ``y``: guesses of a classical method, made better by EM, then by parallel diffusion.
+    """Kernels that explain ``y``: guesses of a classical method, made better by EM, first coarsely, then finely.
 
     A run from pure noise spends most of its steps on coarse matters, and its noise decides which kernel it ends at.
     :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
-    :func:`~blindlib.em.fast_em` comes to nearly the same kernel; where it does not, :func:`unexplained` tells which is
-    right. From the best the diffusion of image and kernel starts, with little noise, and again from what it finds,
-    provided that is better.
+    :func:`~blindlib.em.fast_em` comes to nearly the same kernel. From there :func:`~blindlib.em.diffusion_em` goes on:
+    a little noise on the image, a short run back, an M-step with the diffusion prior of kernels, which finds the faint
+    strokes that are missing, again and again. Where guesses still differ, :func:`unexplained` tells which is right, and
+    the best goes on as long again.
 
     Parameters
     ----------
@@ -382,12 +383,10 @@ def find_kernels(
     priors : mapping with "image" and "kernel"
     blur : Blur
     noise_std : float
-    steps : int
-        Of the diffusion, each time.
-    starts : int
-        How many of EM's kernels it starts from, the best; when there are more, from the same with other noise.
     rounds : int
-        How often.
+        How often; for each guess, and once more for the best.
+    starts : int
+        How many kernels go on, the best; when there are more than guesses, from the same with other noise.
     seed : int
     progress : bool
 
@@ -402,26 +401,23 @@ def find_kernels(
     pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
-    em = dict(kernel_size=window, noise_std=noise_std, steps=EM_STEPS, kernel0=guesses, boundary=blur.boundary)
-    run = fast_em(y.expand(len(guesses), -1, -1, -1), priors["image"], **em, seed=seed, progress=progress)
-    found = recentred(run.kernel)
-    rest, _ = unexplained(y, found, priors["image"], blur, noise_std)
+    many, common = y.expand(len(guesses), -1, -1, -1), dict(kernel_size=window, noise_std=noise_std, progress=progress)
+    common |= dict(boundary=blur.boundary, image_prior=priors["image"])
+    run = fast_em(many, steps=EM_STEPS, kernel0=guesses, seed=seed, **common)
+
+    common |= dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
+    common |= dict(regularizer=Annealed(priors["kernel"]))
+    run = diffusion_em(many, kernel0=run.kernel, image0=run.image, seed=seed, **common)
+    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
     order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
     best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
-    many, image, kernel, least = y.expand(starts, -1, -1, -1), run.image[best], run.kernel[best], rest[best]
-    kernels, rests = [found[order[:starts]]], [rest[order[:starts]]]
-    for i in range(rounds):
-        seeds = [seed + starts * i + start for start in range(starts)]
-        drawn, refined = refine(many, blur, priors, image, kernel, steps=steps, seed=seeds, progress=progress)
-        left, _ = unexplained(y, refined, priors["image"], blur, noise_std)
-        better = (left < least)[:, None, None, None]
-        image, kernel = torch.where(better, drawn.image, image), torch.where(better, drawn.kernel, kernel)
-        least = torch.minimum(left, least)
-        kernels, rests = [*kernels, refined], [*rests, left]
-    kernels, rest = torch.cat(kernels), torch.cat(rests)
-    order = rest.argsort()[:starts]
-    return kernels[order], rest[order]
+    seeds = [seed + 1 + start for start in range(starts)]
+    many = y.expand(starts, -1, -1, -1)
+    run = diffusion_em(many, kernel0=run.kernel[best], image0=run.image[best], seed=seeds, **common)
+    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
+    order = rest.argsort()
+    return run.kernel[order], rest[order]
 
 
 def unexplained(

@@ -12,6 +12,7 @@ paper's start, :func:`as_published`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +23,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from blindlib.baselines import l0_pyramid, no_blur
+from blindlib.metrics import recentred
 from blindlib.operators import Blur, otf, seen, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
-from blindlib.sampler import DPS, Latents, PiGDM, Result, sample
+from blindlib.sampler import DPS, DiffPIR, Latents, PiGDM, Result, bar, sample
 from blindlib.schedule import NoiseSchedule
 
 Regularizer = Callable[[Tensor, float], Tensor]
@@ -32,6 +34,9 @@ Regularizer = Callable[[Tensor, float], Tensor]
 # Time below which images have edges to fit a kernel to.
 FIT_BELOW = 300
 EM_BOUNDARIES = ("circular", "valid")
+# Four times what is best for the picture. An image that explains the measurement down to its noise makes the M-step
+# give back the kernel it was sampled with, right or wrong; one that keeps closer to its prior lets it move.
+DIFFPIR_STRENGTH = 12.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,48 @@ class PlugAndPlay:
     def __call__(self, kernel: Tensor, beta: float) -> Tensor:
         denoise = self.denoise or _shipped_denoiser(kernel.device)
         return denoise(kernel, (self.weight / beta) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Plug and play with a diffusion prior of kernels, from coarse to fine: DPIR (arXiv 2008.13751) for the kernel.
+
+    Ours, in place of :class:`PlugAndPlay`, from which it differs in three ways, each of which matters: noise levels
+    fall from ``first`` to ``last``; all colour channels speak for the one kernel in one least-squares solve; and
+    nothing is cut before the denoiser has seen it (noise without its negative half is haze, which grows from M-step to
+    M-step). It keeps the long faint strokes that a denoiser at one low level takes for noise.
+
+    Parameters
+    ----------
+    prior : DiffusionPrior
+        Of kernels; its window is that of the kernels.
+    strength : float
+        Weight of the prior against images of 64x64 pixels; larger ones count no more.
+    first, last : float
+        Noise levels, in units of half the kernel's peak.
+    steps : int
+        Network evaluations of one M-step.
+    """
+
+    prior: Prior
+    strength: float = 0.25
+    first: float = 0.5
+    last: float = 0.03
+    steps: int = 12
+    cut: float = 0.02
+
+    @torch.no_grad()
+    def fit(self, kernel: Tensor, solve: Callable[[Tensor, Tensor], Tensor], noise_std: float) -> Tensor:
+        """From ``kernel``, by ``solve(kernel, weight)`` and the denoiser in turns."""
+        schedule, half = self.prior.schedule, kernel.amax((-2, -1), keepdim=True) / 2
+        for level in torch.logspace(math.log10(self.first), math.log10(self.last), self.steps).tolist():
+            kernel = solve(kernel, self.strength * (noise_std / (level * half)) ** 2)
+            t = schedule.time(level)
+            x_t = schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel)
+            kernel = self.prior.physical(self.prior.denoise(x_t, t))
+            half = kernel.amax((-2, -1), keepdim=True) / 2
+        # What the denoiser leaves everywhere is faint, but everywhere: a tenth of the sum and more.
+        return _simplex(Threshold(self.cut)(kernel, 0))
 
 
 class KernelDenoiser(nn.Module):
@@ -176,7 +223,7 @@ def fit_kernel(
     x_samples: Tensor,
     noise_std: float,
     kernel0: Tensor,
-    regularizer: Regularizer | None = None,
+    regularizer: Regularizer | Annealed | None = None,
     *,
     boundary: str = "circular",
     beta: float = 1e5,
@@ -200,8 +247,9 @@ def fit_kernel(
         Of ``y``, on its scale.
     kernel0 : Tensor, shape (B or 1, 1, K, L)
         Start; its window is the result's.
-    regularizer : callable, optional
-        ``regularizer(kernel, beta)``: a proximal map, such as :class:`L1`, :class:`L2` or :class:`PlugAndPlay`.
+    regularizer : callable or Annealed, optional
+        ``regularizer(kernel, beta)``: a proximal map, such as :class:`L1`, :class:`L2` or :class:`PlugAndPlay`. Or
+        :class:`Annealed`, a diffusion prior, which has steps and levels of its own.
     boundary : {"circular", "valid"}
         Of the blur, as of :class:`~blindlib.operators.Blur`.
     beta : float
@@ -228,6 +276,8 @@ def fit_kernel(
             f"x_samples: expected shape (B, n, C, H, W) with {(*y.shape[:2], *scene)} for y's {tuple(y.shape)} "
             f"(boundary={boundary!r}), got {tuple(x_samples.shape)}"
         )
+    if isinstance(regularizer, Annealed) and regularizer.prior.shape[-1] not in (None, *window):
+        raise ValueError(f"regularizer: its prior has windows of {regularizer.prior.shape[-1]}, kernel0 of {window}")
     if any(k > side for k, side in zip(window, y.shape[-2:], strict=True)):
         raise ValueError(f"kernel0: {window} is larger than the image, {tuple(y.shape[-2:])}")
     for name, value in (("noise_std", noise_std), ("beta", beta), ("iterations", iterations)):
@@ -236,21 +286,31 @@ def fit_kernel(
 
     spectrum = torch.fft.rfft2(x)
     bottom = spectrum.abs().square().sum(1)
-    weight = noise_std**2 * beta
-    z = kernel0.expand(len(y), -1, -1, -1)
+    start = kernel0.expand(len(y), -1, -1, -1)
 
     def correlation(whole: Tensor) -> Tensor:
         return (spectrum.conj() * torch.fft.rfft2(whole)).sum(1)
 
-    top = correlation(y[:, None]) if boundary == "circular" else None
-    for _ in range(iterations):
-        h = otf(z, scene)
+    seen_whole = correlation(y[:, None]) if boundary == "circular" else None
+
+    def solve(kernel: Tensor, weight: float | Tensor, *, together: bool = False) -> Tensor:
+        h, top, below = otf(kernel, scene), seen_whole, bottom
         if boundary == "valid":
             whole = torch.fft.irfft2(spectrum * h[:, None], s=scene)
             whole[..., *seen(scene, window)] = y[:, None]
             top = correlation(whole)
-        solved = ((top + weight * h) / (bottom + weight)).mean(1, keepdim=True)
-        z = _simplex(windowed(torch.fft.irfft2(solved, s=scene), window))
+        if together:
+            # Errors of sampled images are no noise that more samples or pixels average out; the unit is 64x64 pixels.
+            share = x.shape[1] * y.shape[-2] * y.shape[-1] / 64**2
+            top, below = (v.sum(1, keepdim=True) / share for v in (top, below))
+        solved = ((top + weight * h) / (below + weight)).mean(1, keepdim=True)
+        return windowed(torch.fft.irfft2(solved, s=scene), window)
+
+    if isinstance(regularizer, Annealed):
+        return regularizer.fit(start, partial(solve, together=True), noise_std)
+    z = start
+    for _ in range(iterations):
+        z = _simplex(solve(z, noise_std**2 * beta))
         if regularizer is not None:
             z = _simplex(regularizer(z, beta))
     return z
@@ -311,7 +371,7 @@ class EM:
     guidance: Callable
     noise_std: float
     samples: int = 1
-    regularizer: Regularizer | None = None
+    regularizer: Regularizer | Annealed | None = None
     fit_below: int = FIT_BELOW
 
     def __call__(
@@ -346,7 +406,7 @@ def fast_em(
     steps: int = 100,
     backbone: str = "pigdm",
     samples: int = 1,
-    regularizer: Regularizer | None = PlugAndPlay(),
+    regularizer: Regularizer | Annealed | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
     fit_below: int = FIT_BELOW,
     boundary: str = "circular",
@@ -363,10 +423,11 @@ def fast_em(
     noise_std : float
         Of ``y``, on the [-1, 1] scale.
     steps : int
-    backbone : {"pigdm", "dps"}
+    backbone : {"pigdm", "dps", "diffpir"}
+        The last is ours, and a third of the cost: no gradient passes through the network.
     samples : int
         Posterior samples that run in parallel and share one kernel.
-    regularizer : callable, optional
+    regularizer : callable or Annealed, optional
         Of the M-step, see :func:`fit_kernel`.
     kernel0 : Tensor, shape (B or 1, 1, K, K), optional
         Start; default that of :func:`~blindlib.baselines.l0_pyramid`.
@@ -408,28 +469,50 @@ def diffusion_em(
     rounds: int = 10,
     backbone: str = "pigdm",
     samples: int = 1,
-    regularizer: Regularizer | None = PlugAndPlay(),
+    regularizer: Regularizer | Annealed | None = PlugAndPlay(),
     kernel0: Tensor | None = None,
+    image0: Tensor | None = None,
+    start_time: int | None = None,
     boundary: str = "circular",
+    seed: int | Sequence[int] = 0,
+    progress: bool = False,
     **options: object,
 ) -> Result:
     """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287).
 
     Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
-    last round's.
+    last round's. In the paper each run starts from noise, here always the same, so that rounds differ by their kernel.
+    With ``start_time`` (ours) a run starts from the image of the one before, the first from ``image0`` if there is
+    one, with new noise of that time: where only details are hidden, a few steps bring a sample that the new kernel
+    allows.
     """
     kernel = _start(y, kernel_size, kernel0, noise_std, boundary)
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if image0 is not None and start_time is None:
+        raise ValueError("image0: is given, but no start_time, the time of the noise to put on it")
     guidance = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     seconds = 0.0
-    for _ in range(rounds):
+    for i in bar(range(rounds), "EM", progress, unit="round"):
+        if image0 is not None:
+            options |= dict(start={"image": image0}, start_time=start_time)
+        own = seed if start_time is None else _shifted(seed, 1000 * i)
         operator = partial(Blur(boundary), kernel=kernel.expand(len(y), -1, -1, -1))
-        run = sample(y, operator, {"image": image_prior}, steps=steps, samples=samples, guidance=guidance, **options)
+        only = {"image": image_prior}
+        run = sample(y, operator, only, steps=steps, samples=samples, guidance=guidance, seed=own, **options)
         seconds += run.seconds
-        kernel = centred(fit_kernel(y, run.posterior("image"), noise_std, kernel, regularizer, boundary=boundary))
+        drawn = run.posterior("image")
+        if start_time is not None:
+            image0 = drawn[:, 0]
+        kernel = fit_kernel(y, drawn, noise_std, kernel, regularizer, boundary=boundary)
+        # An image to go on from has its place, by fractions of a pixel: the kernel is not to move against it.
+        kernel = centred(kernel) if start_time is None else recentred(kernel)
     latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
     return replace(run, latents=latents, evaluations=rounds * steps, seconds=seconds)
+
+
+def _shifted(seed: int | Sequence[int], by: int) -> int | list[int]:
+    return seed + by if isinstance(seed, int) else [s + by for s in seed]
 
 
 def as_published(kernel_size: int) -> dict:
@@ -448,7 +531,9 @@ def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
         return PiGDM(noise_std)
     if name == "dps":
         return DPS().respaced(steps, side)
-    raise ValueError(f"backbone: expected 'pigdm' or 'dps', got {name!r}")
+    if name == "diffpir":
+        return DiffPIR(noise_std, strength=DIFFPIR_STRENGTH)
+    raise ValueError(f"backbone: expected 'pigdm', 'dps' or 'diffpir', got {name!r}")
 
 
 def _check_boundary(boundary: str) -> None:

@@ -135,7 +135,7 @@ def mitigate(
     still, tilt = register(y, operator)
     left = estimate_noise(still)
     two = {name: priors[name] for name in ("image", "kernel")}
-    kernel, rest = find_kernels(still, two, blur, left, steps=steps, rounds=1, **common)
+    kernel, rest = find_kernels(still, two, blur, left, **common)
 
     def mean(y: Tensor, known: Callable, noise: float, rest: float) -> Tensor:
         """Of posterior samples; by frames whose tilts are a little wrong, plug and play is led further astray."""

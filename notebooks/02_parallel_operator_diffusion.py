@@ -542,8 +542,8 @@ print(f"after {trips} returns {psnr_returned:.1f} dB, MNC {mnc_returned:.2f}")
 # noise of $t = 300$ hides is drawn anew each time, from where the run happens to be: a Markov chain, which forgets its
 # beginning if it is long enough. That is its use. Where a first descent ends almost anywhere, on pictures of little
 # contrast, it takes a dozen trips, and they are no way out of every wrong valley: README has a thousand steps spent
-# so, on sixteen pictures. `deblur` returns three times to $t = 120$, from the kernel that EM found, and keeps what
-# leaves less unexplained.
+# so, on sixteen pictures. `deblur` goes back two dozen times, to $t = 150$, with the image alone: it fits the kernel to
+# each picture that comes out (notebook 05).
 #
 # ## Where it fails
 #

@@ -665,7 +665,7 @@ _ = display.save_figure(figure, "03_scale_space_compared.png")
 #   priors were trained for hours only.)
 # - **Both together are best**: 0.97, and 26.5 dB anew. The pyramid has settled the coarse scales in a second; the
 #   diffusion starts below them and does what it is good at, the fine ones: see how the stray pixels of the pyramid's
-#   kernel are gone. This is how `deblur` works. The true kernel would give 28 dB.
+#   kernel are gone. `deblur` begins so, too. The true kernel would give 28 dB.
 #
 # ## Where it fails
 #

@@ -69,9 +69,9 @@ sizes = {
     "ci": {"degraded": 60, "clean": 20, "side": 48, "kernel": 9, "patch": 16, "flow": 10, "steps": 10, "few": 6,
            "batch": 8, "fit": 10, "held_out": 1, "seen": 48, "blind": 5, "width": 8},
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
-            "batch": 32, "fit": 100, "held_out": 2, "seen": 96, "blind": 60, "width": 16},
+            "batch": 32, "fit": 100, "held_out": 2, "seen": 96, "blind": 12, "width": 16},
     "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 20_000, "steps": 5000,
-            "few": 2000, "batch": 256, "fit": 200, "held_out": 8, "seen": 256, "blind": 90, "width": 32},
+            "few": 2000, "batch": 256, "fit": 200, "held_out": 8, "seen": 256, "blind": 12, "width": 32},
 }[preset]  # fmt: skip
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
 window, side = sizes["kernel"], sizes["side"]
@@ -371,7 +371,7 @@ print(f"MNC: blot {mnc(blot, kernel).item():.3f}, then networks {mnc_blot[-1].it
 #
 # Pictures of the same camera that were not among the thousand, restored with each of the kernels, by plug and play
 # (`dpir`: in turns the image that explains the measurement and the image prior as a denoiser). And what one can do with
-# a single picture: `deblur` finds a kernel from that picture alone, by Fast Diffusion EM and BlindDPS, and restores in
+# a single picture: `deblur` finds a kernel from that picture alone, by Fast Diffusion EM, and restores in
 # the same way.
 
 # %%
@@ -387,7 +387,7 @@ restored = {
     name: torch.cat([restore(y, k, prior, blur, noise_std) for y in measured.split(1)])
     for name, k in candidates.items()
 }
-single = [deblur(y, steps=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
+single = [deblur(y, rounds=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
           for y in measured.split(1)]  # fmt: skip
 restored["deblur, one picture"] = torch.cat([r.image for r in single]).to(device)
 mnc_single = [mnc(r.kernel, kernel.cpu()).item() for r in single]

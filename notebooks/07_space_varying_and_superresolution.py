@@ -74,11 +74,11 @@ sizes = {
            "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "blind": 5, "kernel_sr": 9,
            "fit_sr": 20, "part": 24},
     "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "sweeps": 2, "fit": 15, "patch": 32,
-            "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "blind": 30,
+            "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "blind": 12,
             "kernel_sr": 13, "fit_sr": 60, "part": 64},
     "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 3, "fit": 40,
             "patch": 64, "flow": 20_000, "steps": 5000, "batch": 128, "held_out": 8, "lens": (8, 8),
-            "blind": 60, "kernel_sr": 15, "fit_sr": 200, "part": 128},
+            "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
 }[preset]  # fmt: skip
 grid, window, side = sizes["grid"], sizes["kernel"], sizes["field"]
 grow = window - 1  # a sensor sees less than what its light comes from
@@ -273,7 +273,7 @@ def undo(psfs):
 
 
 restored = {n: undo(f) for n, f in (("true PSFs", psfs), ("learned", found), ("one for all", everywhere))}
-single = [deblur(y, steps=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
+single = [deblur(y, rounds=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
           for y in measured.split(1)]  # fmt: skip
 restored["deblur, one picture"] = torch.cat([r.image for r in single]).to(device)
 

@@ -41,7 +41,7 @@ from blindlib import (
     psnr,
     sample,
 )
-from blindlib.deblur import EM_STEPS, GUESSES, ROUNDS, read_image, resize, restore
+from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
 from blindlib.jobs import imap_unordered
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
@@ -79,8 +79,8 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
 
     def as_deblur() -> Result:
         made = deblur(y, boundary="circular", noise_std=noise_std, priors=priors, device=y.device, progress=False)
-        # 20 for each kernel of EM or the diffusion, to choose.
-        evaluations = (len(GUESSES) + 1) * (EM_STEPS + 20) + ROUNDS * (60 + 20) + RESTORE
+        # 20 for each of the first kernels, to choose, and for the last.
+        evaluations = (len(GUESSES) + 1) * (EM_STEPS + ROUNDS * ROUND_STEPS + 20) + ROUNDS * ROUND_STEPS + 20 + RESTORE
         latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
         return Result(latents, 1, torch.zeros(1), evaluations, 0.0, {})
 
@@ -97,7 +97,7 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
     return {
         "kernel known, DPIR": partial(with_kernel, k, noise_std),
-        "as deblur: l0_pyramid, FastEM, parallel": as_deblur,
+        "as deblur: l0_pyramid, FastEM, DiffEM": as_deblur,
         "l0_pyramid, then DPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
         "kernel known, DiffPIR, n = 4": partial(
             sample, y, known, only, steps=20, samples=4, guidance=DiffPIR(noise_std)

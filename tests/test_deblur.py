@@ -190,7 +190,7 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     scene, k, y = blurred
     write_image(y, tmp_path / "photo.png")
     status = main(
-        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--steps", "10", "--crop", "65"]
+        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "8", "--crop", "65"]
         + ["--kernel-out", str(tmp_path / "kernel.png"), "--quiet"]
     )
     assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["kernel.png", "photo.png", "sharp.png"]
@@ -214,20 +214,20 @@ def test_of_several_starts_those_that_explain_best_are_kept(blurred, monkeypatch
     _, _, y = blurred
     y = y[..., :64, :64]
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 4)
-    common = dict(steps=4, boundary="circular", noise_std=0.02, progress=False)
+    common = dict(rounds=2, boundary="circular", noise_std=0.02, progress=False)
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    kernels, rest = find_kernels(y, priors, Blur(), 0.02, steps=4, starts=5)
+    kernels, rest = find_kernels(y, priors, Blur(), 0.02, rounds=2, starts=5)
     assert kernels.shape == (5, 1, 32, 32) and (rest.diff() >= 0).all()
     assert (kernels[:-1] - kernels[1:]).abs().amax((1, 2, 3)).min() > 1e-4, "no two starts are the same"
     torch.testing.assert_close(unexplained(y, kernels, priors["image"], Blur(), 0.02)[0], rest)
     torch.testing.assert_close(deblur(y, starts=5, samples=2, **common).kernels, kernels[:2])
-    assert len(deblur(y, samples=3, starts=1, **{**common, "steps": 2}).kernels) == 3
+    assert len(deblur(y, samples=3, starts=1, **{**common, "rounds": 1}).kernels) == 3
 
 
 def test_the_kernel_is_found_from_what_the_sensor_saw(blurred):
     _, k, y = blurred
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    found, rest = find_kernels(y[..., :65, :65], priors, Blur("valid"), 0.02, steps=20, rounds=1)
+    found, rest = find_kernels(y[..., :65, :65], priors, Blur("valid"), 0.02, rounds=8)
     assert mnc(found, k) > max(0.75, mnc(no_blur(1, 32), k) + 0.2)
     assert 0.02 < rest[0] < 0.04
 
@@ -239,7 +239,7 @@ def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(bounda
     scene, k, _ = blurred
     x = scene[..., :96, :96]
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    options = dict(noise_std=0.02, steps=2, rounds=1)
+    options = dict(noise_std=0.02, rounds=1)
     found, valid = (find_kernels(b(x, k), priors, b, **options)[0] for b in (Blur(boundary), Blur("valid")))
     torch.testing.assert_close(found, valid, atol=1e-3, rtol=0)
 
@@ -269,7 +269,7 @@ def test_restoring_what_is_sharp_does_no_harm(blurred):
 def test_a_photo_that_is_not_blurred_comes_back_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 20)
     photo = resize(read_image(data.coffee()[:, :400]), 65)
-    out = deblur(photo, steps=10)
+    out = deblur(photo, rounds=6)
     assert mnc(out.kernel, no_blur(1, 33)) >= 0.9 and torch.equal(out.image, photo)
     assert "not blurred" in capsys.readouterr().out
 

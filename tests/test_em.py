@@ -8,6 +8,7 @@ import torch
 from blindlib import (
     L1,
     L2,
+    Annealed,
     Blur,
     DiffusionPrior,
     KernelDenoiser,
@@ -22,13 +23,16 @@ from blindlib import (
     fast_em,
     fit_kernel,
     gaussian_kernels,
+    l0_pyramid,
     load_kernel_denoiser,
+    load_prior,
     mnc,
     motion_kernels,
     prior_denoiser,
     psnr,
     sample,
 )
+from blindlib.baselines import no_blur
 from blindlib.em import centred
 from blindlib.operators import otf
 from blindlib.priors import GaussianPrior
@@ -187,7 +191,7 @@ def test_centred_puts_the_centre_of_mass_in_the_middle():
 
 
 @pytest.mark.parametrize("method", [fast_em, partial(diffusion_em, rounds=2)])
-@pytest.mark.parametrize("backbone", ["pigdm", "dps"])
+@pytest.mark.parametrize("backbone", ["pigdm", "dps", "diffpir"])
 def test_em_gives_kernels_and_is_independent_of_the_batch(small_prior, method, backbone, g):
     y = 0.5 * torch.randn(2, 3, 16, 16, generator=g)
     run = partial(method, image_prior=small_prior, kernel_size=7, noise_std=0.05, steps=4, backbone=backbone, samples=2)
@@ -280,6 +284,39 @@ def test_fast_em_finds_the_kernel_from_edges_and_from_no_blur(settings):
     assert psnr(run.image, x, max_shift=4) > psnr(y, x, max_shift=4) + 2
 
 
+def test_the_annealed_prior_keeps_faint_strokes(g):
+    """From the true images, one M-step each: what a denoiser at one level shaves off, this one keeps."""
+    kernel = torch.zeros(1, 1, 32, 32)
+    kernel[..., 12:15, 8:11] = 1.0
+    kernel[..., 14, 11:26] = 0.08
+    kernel, faint = kernel / kernel.sum(), (kernel > 0) & (kernel < 0.1)
+    x = dead_leaves(2, 96, seed=4)
+    y = Blur()(x, kernel)
+    y = y + 0.02 * torch.randn(y.shape, generator=g)
+    shaved = fit_kernel(y, x, 0.02, no_blur(1, 32), PlugAndPlay())
+    kept = fit_kernel(y, x, 0.02, shaved, Annealed(load_prior("kernel")))
+    torch.testing.assert_close(kept.sum((1, 2, 3)), torch.ones(2))
+    assert kept.min() >= 0 and mnc(kept, kernel).min() > 0.98
+    share = [(k * faint).sum((1, 2, 3)) / (kernel * faint).sum() for k in (shaved, kept)]
+    assert share[0].max() < 0.5 and (share[1] - 1).abs().max() < 0.2
+
+
+def test_em_that_returns_comes_nearer(g):
+    x, k = dead_leaves(2, 64, seed=11), motion_kernels(2, 32, seed=12)
+    y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=g)
+    options = dict(kernel_size=32, noise_std=0.02, steps=6, backbone="diffpir", start_time=150)
+    options |= dict(regularizer=Annealed(load_prior("kernel")), kernel0=l0_pyramid(y, 32, 0.02)[1])
+    image = load_prior("image")
+    run = diffusion_em(y, image, rounds=8, **options)
+    assert (mnc(run.kernel, k) > mnc(options["kernel0"], k) + 0.01).all()
+    assert run.evaluations == 48 and run.image.shape == x.shape
+
+    first = diffusion_em(y, image, rounds=1, **options)
+    second = diffusion_em(y, image, rounds=2, **options)
+    on = dict(image0=first.image, seed=1000, **{**options, "kernel0": first.kernel})
+    torch.testing.assert_close(diffusion_em(y, image, rounds=1, **on).kernel, second.kernel, atol=1e-5, rtol=0)
+
+
 def test_a_threshold_never_leaves_no_blur():
     """Why the regulariser is a denoiser: what is cut at a tenth of the peak cannot grow."""
 
@@ -312,6 +349,7 @@ def test_bad_input_of_the_m_step(change, message):
         (dict(backbone="ddim"), "backbone: expected"),
         (dict(steps=[9, 0]), "steps: EM expects a number, got list"),
         (dict(kernel_size=17), "kernel_size: expected 1 to 16"),
+        (dict(regularizer=Annealed(load_prior("kernel"))), "regularizer: its prior has windows of 32"),
         (dict(kernel0=delta(9)), "kernel0: expected shape"),
     ],
 )
