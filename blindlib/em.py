@@ -34,9 +34,9 @@ Regularizer = Callable[[Tensor, float], Tensor]
 # Time below which images have edges to fit a kernel to.
 FIT_BELOW = 300
 EM_BOUNDARIES = ("circular", "valid")
-# Four times what is best for the picture. An image that explains the measurement down to its noise makes the M-step
-# give back the kernel it was sampled with, right or wrong; one that keeps closer to its prior lets it move.
-DIFFPIR_STRENGTH = 12.0
+# Of DiffPIR's E-step: what the prior gets wrong counts as noise, too. An image that explains the measurement down to its
+# noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the kernel move.
+MISFIT = 0.035
 
 
 @dataclass(frozen=True)
@@ -532,7 +532,7 @@ def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     if name == "dps":
         return DPS().respaced(steps, side)
     if name == "diffpir":
-        return DiffPIR(noise_std, strength=DIFFPIR_STRENGTH)
+        return DiffPIR(math.hypot(noise_std, MISFIT))
     raise ValueError(f"backbone: expected 'pigdm', 'dps' or 'diffpir', got {name!r}")
 
 

@@ -488,26 +488,27 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 
 # %% [markdown]
 # Brackets hold standard errors, and are large since some images are far easier than others, whatever the method.
-# Differences on the same image tell more. At noise 10/255, over the six images (four for the longest two methods):
+# Differences on the same image tell more. At noise 10/255, over the sixteen images (seven for the longest method):
 #
-# - **When FastEM wins.** With PiGDM for its E-step it has 3.0 (1.0) dB more than our parallel sampler of as many steps,
-#   and 2.1 (0.5) dB more than that of a thousand, in a seventeenth of the time. Thirty steps of it do as well as a
-#   hundred, and are still 1.7 (0.9) dB and 0.16 (0.05) of MNC ahead of the thousand, in a fortieth of the time or less.
-#   A least-squares fit takes from each step all that the measurement says of the kernel, where the parallel sampler
-#   takes one gradient step; and the parallel one evaluates two large networks, FastEM one. The paper has the same
-#   order. The *known* kernel would give another 1.5 (0.3) dB.
-# - **More samples, a better kernel.** Four that share it raise its MNC by 0.10 (0.04), for four times the evaluations.
-# - **Whole runs** (DiffEM) are as good as M-steps within one, +0.1 (0.5) dB, and take twice the time and more.
-# - **The E-step matters.** With DPS for its E-step the same EM is 2.8 (0.7) dB worse: a hundred steps are few for DPS,
+# - **When FastEM wins.** With PiGDM for its E-step it has 3.3 (0.8) dB more than our parallel sampler of as many steps,
+#   and 2.9 (0.5) dB more than that of a thousand. Thirty steps of it do no worse than a hundred, and are 3.3 (0.7) dB
+#   and 0.17 (0.03) of MNC ahead of the thousand, in a twentieth of the time or less. A least-squares fit takes from
+#   each step all that the measurement says of the kernel, where the parallel sampler takes one gradient step; and the
+#   parallel one evaluates two large networks, FastEM one. The paper has the same order. The *known* kernel would give
+#   another 1.9 (0.5) dB.
+# - **More samples, a better kernel.** Four that share it raise its MNC by 0.07 (0.03), for four times the evaluations.
+# - **Whole runs** (DiffEM) find kernels as good or better, +0.05 (0.03) of MNC, pictures that are no better, -0.1 (0.5)
+#   dB, and take twice the time.
+# - **The E-step matters.** With DPS for its E-step the same EM is 3.2 (0.8) dB worse: a hundred steps are few for DPS,
 #   the paper gives it a thousand.
-# - **The start** from edges beats the bright pixel by 1.1 (0.8) dB, all of it on two of the six images.
-# - **When the parallel sampler wins.** In the square error of its kernels, on five of six (the column is in
+# - **The start** from edges beats the bright pixel by 0.7 (0.5) dB.
+# - **When the parallel sampler wins.** In the square error of its kernels, on fourteen of sixteen (it is in
 #   `figures/benchmark.json`): they are smoother, and what is bright at a wrong place costs a square. And where EM does
 #   not reach: operators for which there is no M-step yet, such as turbulence, and answers that should say how sure
-#   they are. Its step sizes are those that we chose at low noise: here the released code's constants do no worse,
-#   +1.4 (1.3) dB.
+#   they are. Its step sizes are those that we chose at low noise: here the released code's constants do
+#   better, +1.5 (0.7) dB.
 #
-# 128x128, sixteen images, and the paper's other noise levels take days here; `make benchmark` goes on where it stopped.
+# 128x128 and the paper's other noise levels take days here; `make benchmark` goes on where it stopped.
 #
 # ## Back up, and down again
 #
