@@ -34,8 +34,8 @@ Regularizer = Callable[[Tensor, float], Tensor]
 # Time below which images have edges to fit a kernel to.
 FIT_BELOW = 300
 EM_BOUNDARIES = ("circular", "valid")
-# Of DiffPIR's E-step: what the prior gets wrong counts as noise, too. An image that explains the measurement down to its
-# noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the kernel move.
+# Of DiffPIR's E-step: what the prior gets wrong counts as noise, too. An image that explains the measurement down to
+# its noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the kernel move.
 MISFIT = 0.035
 
 
