@@ -18,10 +18,10 @@ from torch import Tensor
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
 from blindlib.jobs import imap_unordered
-from blindlib.metrics import mnc, recentred
+from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
-from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
-from blindlib.sampler import DPS, DiffPIR, Result, bar, dpir, sample
+from blindlib.priors import DiffusionPrior, load_prior, pick_device
+from blindlib.sampler import DiffPIR, bar, dpir, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -334,28 +334,6 @@ def restore(
     return out / weight
 
 
-def refine(
-    y: Tensor,
-    operator: Callable,
-    priors: Mapping[str, DiffusionPrior],
-    image: Tensor,
-    kernel: Tensor,
-    **options: object,
-) -> tuple[Result, Tensor]:
-    """The parallel diffusion (BlindDPS) from an image and a kernel, with little noise; options are :func:`sample`'s.
-
-    Returns
-    -------
-    tuple of Result and Tensor, shape (B, 1, K, K)
-        The run, and its kernels (the mean of several samples) centred and without the faint haze.
-    """
-    start = {"image": image, "kernel": kernel_to_latent(kernel)}
-    # Steps as long as in a run of 300, which has about as many at these times.
-    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
-    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=120, **options)
-    return run, recentred(_cleaned(run.posterior("kernel").mean(1)))
-
-
 def find_kernels(
     y: Tensor,
     priors: Mapping[str, DiffusionPrior],
@@ -401,20 +379,20 @@ def find_kernels(
     pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
-    many, common = y.expand(len(guesses), -1, -1, -1), dict(kernel_size=window, noise_std=noise_std, progress=progress)
-    common |= dict(boundary=blur.boundary, image_prior=priors["image"])
-    run = fast_em(many, steps=EM_STEPS, kernel0=guesses, seed=seed, **common)
+    many = y.expand(len(guesses), -1, -1, -1)
+    common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, progress=progress)
+    run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seed, **common)
 
-    common |= dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
-    common |= dict(regularizer=Annealed(priors["kernel"]))
-    run = diffusion_em(many, kernel0=run.kernel, image0=run.image, seed=seed, **common)
+    again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
+    go_on = partial(diffusion_em, regularizer=Annealed(priors["kernel"]), **again, **common)
+    run = go_on(many, priors["image"], kernel0=run.kernel, image0=run.image, seed=seed)
     rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
     order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
     best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
     seeds = [seed + 1 + start for start in range(starts)]
     many = y.expand(starts, -1, -1, -1)
-    run = diffusion_em(many, kernel0=run.kernel[best], image0=run.image[best], seed=seeds, **common)
+    run = go_on(many, priors["image"], kernel0=run.kernel[best], image0=run.image[best], seed=seeds)
     rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
     order = rest.argsort()
     return run.kernel[order], rest[order]
@@ -556,12 +534,6 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     best = int(score.argmax())
     top, left = (best // score.shape[1]) * max(1, side // 16), (best % score.shape[1]) * max(1, side // 16)
     return y[..., top : top + side, left : left + side], (top, left, side)
-
-
-def _cleaned(kernel: Tensor) -> Tensor:
-    """Kernels without the faint haze below 3 % of the peak, which is noise of the sampler."""
-    k = torch.where(kernel < 0.03 * kernel.amax((2, 3), keepdim=True), 0, kernel)
-    return k / k.sum((2, 3), keepdim=True)
 
 
 def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:

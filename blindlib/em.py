@@ -112,6 +112,8 @@ class Annealed:
         Noise levels, in units of half the kernel's peak.
     steps : int
         Network evaluations of one M-step.
+    cut : float
+        What is fainter than this share of the peak is cut at the end of an M-step.
     """
 
     prior: Prior
@@ -124,12 +126,10 @@ class Annealed:
     @torch.no_grad()
     def fit(self, kernel: Tensor, solve: Callable[[Tensor, Tensor], Tensor], noise_std: float) -> Tensor:
         """From ``kernel``, by ``solve(kernel, weight)`` and the denoiser in turns."""
-        schedule, half = self.prior.schedule, kernel.amax((-2, -1), keepdim=True) / 2
+        half = kernel.amax((-2, -1), keepdim=True) / 2
         for level in torch.logspace(math.log10(self.first), math.log10(self.last), self.steps).tolist():
             kernel = solve(kernel, self.strength * (noise_std / (level * half)) ** 2)
-            t = schedule.time(level)
-            x_t = schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel)
-            kernel = self.prior.physical(self.prior.denoise(x_t, t))
+            kernel = _denoised(self.prior, kernel, level)
             half = kernel.amax((-2, -1), keepdim=True) / 2
         # What the denoiser leaves everywhere is faint, but everywhere: a tenth of the sum and more.
         return _simplex(Threshold(self.cut)(kernel, 0))
@@ -210,12 +210,14 @@ def prior_denoiser(prior: Prior) -> Callable[[Tensor, float], Tensor]:
     for each kernel its own.
     """
 
-    @torch.no_grad()
-    def one(kernel: Tensor, std: float) -> Tensor:
-        t = prior.schedule.time(2 * std / float(kernel.max()))
-        return prior.physical(prior.denoise(prior.schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel), t))
+    return lambda kernel, std: torch.cat([_denoised(prior, k[None], 2 * std / float(k.max())) for k in kernel])
 
-    return lambda kernel, std: torch.cat([one(k[None], std) for k in kernel])
+
+@torch.no_grad()
+def _denoised(prior: Prior, kernel: Tensor, level: float) -> Tensor:
+    """``kernel`` without its noise, of ``level`` halves of its peak, by the diffusion prior; its sum one."""
+    t = prior.schedule.time(level)
+    return prior.physical(prior.denoise(prior.schedule.alpha_bar(t) ** 0.5 * kernel_to_latent(kernel), t))
 
 
 def fit_kernel(
@@ -276,7 +278,8 @@ def fit_kernel(
             f"x_samples: expected shape (B, n, C, H, W) with {(*y.shape[:2], *scene)} for y's {tuple(y.shape)} "
             f"(boundary={boundary!r}), got {tuple(x_samples.shape)}"
         )
-    if isinstance(regularizer, Annealed) and regularizer.prior.shape[-1] not in (None, *window):
+    together = isinstance(regularizer, Annealed)
+    if together and regularizer.prior.shape[-2:] not in ((None, None), window):
         raise ValueError(f"regularizer: its prior has windows of {regularizer.prior.shape[-1]}, kernel0 of {window}")
     if any(k > side for k, side in zip(window, y.shape[-2:], strict=True)):
         raise ValueError(f"kernel0: {window} is larger than the image, {tuple(y.shape[-2:])}")
@@ -285,30 +288,31 @@ def fit_kernel(
             raise ValueError(f"{name}: expected a positive number, got {value}")
 
     spectrum = torch.fft.rfft2(x)
-    bottom = spectrum.abs().square().sum(1)
-    start = kernel0.expand(len(y), -1, -1, -1)
+    z = kernel0.expand(len(y), -1, -1, -1)
+    # Errors of sampled images are no noise that more samples or pixels average out; the unit is 64x64 pixels.
+    share = x.shape[1] * y.shape[-2] * y.shape[-1] / 64**2
+
+    def pooled(products: Tensor) -> Tensor:
+        over_samples = products.sum(1)
+        return over_samples.sum(1, keepdim=True) / share if together else over_samples
 
     def correlation(whole: Tensor) -> Tensor:
-        return (spectrum.conj() * torch.fft.rfft2(whole)).sum(1)
+        return pooled(spectrum.conj() * torch.fft.rfft2(whole))
 
-    seen_whole = correlation(y[:, None]) if boundary == "circular" else None
+    bottom = pooled(spectrum.abs().square())
+    of_y = correlation(y[:, None]) if boundary == "circular" else None
 
-    def solve(kernel: Tensor, weight: float | Tensor, *, together: bool = False) -> Tensor:
-        h, top, below = otf(kernel, scene), seen_whole, bottom
+    def solve(kernel: Tensor, weight: float | Tensor) -> Tensor:
+        h, top = otf(kernel, scene), of_y
         if boundary == "valid":
             whole = torch.fft.irfft2(spectrum * h[:, None], s=scene)
             whole[..., *seen(scene, window)] = y[:, None]
             top = correlation(whole)
-        if together:
-            # Errors of sampled images are no noise that more samples or pixels average out; the unit is 64x64 pixels.
-            share = x.shape[1] * y.shape[-2] * y.shape[-1] / 64**2
-            top, below = (v.sum(1, keepdim=True) / share for v in (top, below))
-        solved = ((top + weight * h) / (below + weight)).mean(1, keepdim=True)
+        solved = ((top + weight * h) / (bottom + weight)).mean(1, keepdim=True)
         return windowed(torch.fft.irfft2(solved, s=scene), window)
 
-    if isinstance(regularizer, Annealed):
-        return regularizer.fit(start, partial(solve, together=True), noise_std)
-    z = start
+    if together:
+        return regularizer.fit(z, solve, noise_std)
     for _ in range(iterations):
         z = _simplex(solve(z, noise_std**2 * beta))
         if regularizer is not None:
@@ -498,8 +502,8 @@ def diffusion_em(
             options |= dict(start={"image": image0}, start_time=start_time)
         own = seed if start_time is None else _shifted(seed, 1000 * i)
         operator = partial(Blur(boundary), kernel=kernel.expand(len(y), -1, -1, -1))
-        only = {"image": image_prior}
-        run = sample(y, operator, only, steps=steps, samples=samples, guidance=guidance, seed=own, **options)
+        common = dict(steps=steps, samples=samples, guidance=guidance, seed=own, **options)
+        run = sample(y, operator, {"image": image_prior}, **common)
         seconds += run.seconds
         drawn = run.posterior("image")
         if start_time is not None:

@@ -9,13 +9,19 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import estimate_noise, find_kernels, refine
+from blindlib.deblur import estimate_noise, find_kernels
+from blindlib.em import Threshold
+from blindlib.metrics import recentred
 from blindlib.operators import Blur, Turbulence
-from blindlib.priors import DiffusionPrior
-from blindlib.sampler import DiffPIR, Result, sample
+from blindlib.priors import DiffusionPrior, kernel_to_latent
+from blindlib.sampler import DPS, DiffPIR, Result, sample
 
 # Smoothness of the flow in pixels, round by round.
 COARSE_TO_FINE = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)
+# When the parallel diffusion starts: the noise of this time hides what is fine only. What it leaves of a kernel below
+# this share of the peak is noise of the sampler.
+START_TIME = 120
+HAZE = 0.03
 
 
 def register(y: Tensor, operator: Turbulence, *, smoothness: Sequence[float] = COARSE_TO_FINE) -> tuple[Tensor, Tensor]:
@@ -146,7 +152,7 @@ def mitigate(
     image = mean(still, partial(blur, kernel=kernel), left, float(rest))
     tilt = flow(y, image, kernel, tilt, operator)
 
-    run, kernel = refine(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
+    run, kernel = _refined(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
     image = run.posterior("image").mean(1)
     for _ in range(rounds):
         tilt = flow(y, image, kernel, tilt, operator)
@@ -155,3 +161,26 @@ def mitigate(
         image = mean(y, known, noise_std, float(rest))
     rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
     return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1, residual=rest[None])
+
+
+def _refined(
+    y: Tensor,
+    operator: Callable,
+    priors: Mapping[str, DiffusionPrior],
+    image: Tensor,
+    kernel: Tensor,
+    **options: object,
+) -> tuple[Result, Tensor]:
+    """The parallel diffusion (BlindDPS) from an image and a kernel, with little noise; options are :func:`sample`'s.
+
+    Returns
+    -------
+    tuple of Result and Tensor, shape (B, 1, K, K)
+        The run, and its kernels (the mean of several samples) centred and without the faint haze.
+    """
+    start = {"image": image, "kernel": kernel_to_latent(kernel)}
+    # Steps as long as in a run of 300, which has about as many at these times.
+    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
+    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=START_TIME, **options)
+    kernel = Threshold(HAZE)(run.posterior("kernel").mean(1), 0)
+    return run, recentred(kernel / kernel.sum((2, 3), keepdim=True))

@@ -32,7 +32,6 @@ from blindlib import (
     psnr,
     sample,
 )
-from blindlib.baselines import no_blur
 from blindlib.em import centred
 from blindlib.operators import otf
 from blindlib.priors import GaussianPrior
@@ -214,8 +213,6 @@ def test_fit_below_keeps_the_kernel_until_then(small_prior, g):
 
 
 def test_the_diffusion_prior_serves_as_denoiser():
-    from blindlib import load_prior
-
     k, std = motion_kernels(4, 32, seed=2), 0.01
     noisy = k + std * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
     clean = prior_denoiser(load_prior("kernel"))(noisy, std)
@@ -262,8 +259,6 @@ def test_threshold_cuts_haze_and_nothing_else():
 
 
 def test_known_kernel_by_pigdm_sharpens():
-    from blindlib import load_prior
-
     x, k = dead_leaves(2, 64, seed=77), motion_kernels(2, 32, seed=78)
     y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     run = sample(y, partial(Blur(), kernel=k), {"image": load_prior("image")}, steps=30, guidance=PiGDM(0.02))
@@ -293,7 +288,7 @@ def test_the_annealed_prior_keeps_faint_strokes(g):
     x = dead_leaves(2, 96, seed=4)
     y = Blur()(x, kernel)
     y = y + 0.02 * torch.randn(y.shape, generator=g)
-    shaved = fit_kernel(y, x, 0.02, no_blur(1, 32), PlugAndPlay())
+    shaved = fit_kernel(y, x, 0.02, delta(32), PlugAndPlay())
     kept = fit_kernel(y, x, 0.02, shaved, Annealed(load_prior("kernel")))
     torch.testing.assert_close(kept.sum((1, 2, 3)), torch.ones(2))
     assert kept.min() >= 0 and mnc(kept, kernel).min() > 0.98
@@ -349,7 +344,6 @@ def test_bad_input_of_the_m_step(change, message):
         (dict(backbone="ddim"), "backbone: expected"),
         (dict(steps=[9, 0]), "steps: EM expects a number, got list"),
         (dict(kernel_size=17), "kernel_size: expected 1 to 16"),
-        (dict(regularizer=Annealed(load_prior("kernel"))), "regularizer: its prior has windows of 32"),
         (dict(kernel0=delta(9)), "kernel0: expected shape"),
     ],
 )
@@ -358,3 +352,10 @@ def test_bad_input_of_em(small_prior, change, message):
     for method in (fast_em, diffusion_em):
         with pytest.raises(ValueError, match=message):
             method(**{**good, **change})
+
+
+def test_the_annealed_prior_has_one_window():
+    good = dict(noise_std=0.1, regularizer=Annealed(load_prior("kernel")))
+    for window in ((7, 7), (32, 16)):
+        with pytest.raises(ValueError, match="regularizer: its prior has windows of 32"):
+            fit_kernel(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32), kernel0=torch.ones(1, 1, *window), **good)
