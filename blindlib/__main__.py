@@ -126,13 +126,15 @@ def _deblur_folder(a: argparse.Namespace) -> str:
 
 def _options(a: argparse.Namespace) -> dict:
     """Those of :func:`deblur`."""
-    chosen = _given(a, "rounds", "starts", "crop", "prior")
+    search, chosen = _given(a, "rounds", "starts", "crop"), _given(a, "prior")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
+        if search:
+            raise ValueError(f"{', '.join(search)}: for the search of a kernel, the operator is known; leave it out")
         chosen["kernel"], a.max_size = load_operator(a.operator), 0
     max_size = 1024 if a.max_size is None else a.max_size
-    return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **chosen)
+    return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **search, **chosen)
 
 
 def _learn_operator(a: argparse.Namespace) -> str:

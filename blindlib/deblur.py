@@ -47,18 +47,18 @@ class Deblurred:
     image : Tensor, shape (1, 3, H, W), in [-1, 1]
         The sharp photograph.
     kernel : Tensor, shape (1, 1, K, K)
-        What blurred it, centred.
+        What blurred it, centred; or the PSFs that were given.
     images : Tensor, shape (n, 3, H, W)
         One restoration for each posterior sample of the kernel, the one whose kernel explains the measurement best
         first.
     kernels : Tensor, shape (n, 1, K, K)
-        Those samples of the kernel.
+        Those samples of the kernel; or the PSFs that were given.
     blurred : Tensor, shape (1, 3, H, W)
         What came in, at the size that was worked at.
     figures : dict
-        ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; ``crop``: top, left and side
-        of the part that the kernel was read from; ``residual``: root mean square of what image and kernel leave
-        unexplained.
+        ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; ``crop``, where a kernel was
+        sought: top, left, height and width of the part that it was read from; ``residual``: root mean square of what
+        image and kernel leave unexplained.
     """
 
     image: Tensor
@@ -103,7 +103,8 @@ def deblur(
         are (H, W) or (H, W, C), of bytes, 16-bit integers or floats in [0, 1]; tensors (3, H, W) or (1, 3, H, W) in
         [-1, 1].
     kernel : Tensor, shape (1, 1, K, K), optional
-        The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K).
+        The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K). Nothing is sought then, and
+        ``rounds``, ``starts``, ``samples``, ``crop`` and ``seed`` are of no use.
     rounds : int
         Of EM, each a short run of the image's diffusion and an M-step; see :func:`find_kernels`.
     starts : int
@@ -124,7 +125,7 @@ def deblur(
     prior : {"image", "text"}
         Which shipped prior of images: that of all kinds of scenes, or that of printed text and line drawings.
     priors : dict with "image" and "kernel", optional
-        Others than those that ship.
+        Others than those that ship; ``prior`` is not asked then. They are moved to the device.
     progress : bool
         Print what is being done, with progress bars.
 
@@ -143,6 +144,8 @@ def deblur(
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
     if samples < 1 or starts < 1:
         raise ValueError(f"samples, starts: expected at least 1, got {samples} and {starts}")
+    if max_size is not None and max_size < 1:
+        raise ValueError(f"max_size: expected a positive number of pixels or None, got {max_size}")
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
     device = pick_device(device)
@@ -298,7 +301,7 @@ def restore(
     steps : int
         Network evaluations of each piece.
     tile : int
-        Larger pictures are cut into overlapping pieces of about this side.
+        Larger pictures are cut into overlapping pieces of about this side, at least twice the kernel's.
     progress : bool
 
     Returns
@@ -315,7 +318,8 @@ def restore(
     if operator.boundary != "valid":
         return undone(y, kernel)
     k, sizes = kernel.shape[-1], y.shape[-2:]
-    spans = [_spans(side, tile // factor, k) for side in sizes]
+    overlap = -(-k // factor)
+    spans = [_spans(side, max(tile // factor, 2 * overlap), overlap) for side in sizes]
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
     out = y.new_zeros(1, 3, *(factor * side for side in sizes))
     weight = torch.zeros_like(out[:, :1])
@@ -381,26 +385,25 @@ def find_kernels(
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     many = y.expand(len(guesses), -1, -1, -1)
     common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, progress=progress)
-    run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seed, **common)
+    # Noise of its own for each stage: one that met its own again would get back what it had put in.
+    seeds = torch.randint(2**31, (2 + starts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
 
     again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
     go_on = partial(diffusion_em, regularizer=Annealed(priors["kernel"]), **again, **common)
-    run = go_on(many, priors["image"], kernel0=run.kernel, image0=run.image, seed=seed)
-    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
+    run = go_on(many, priors["image"], kernel0=run.kernel, image0=run.image, seed=seeds[1])
+    rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
     order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
     best = order[torch.arange(starts, device=y.device) % len(guesses)]
 
-    seeds = [seed + 1 + start for start in range(starts)]
     many = y.expand(starts, -1, -1, -1)
-    run = go_on(many, priors["image"], kernel0=run.kernel[best], image0=run.image[best], seed=seeds)
-    rest, _ = unexplained(y, run.kernel, priors["image"], blur, noise_std)
+    run = go_on(many, priors["image"], kernel0=run.kernel[best], image0=run.image[best], seed=seeds[2:])
+    rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
     order = rest.argsort()
     return run.kernel[order], rest[order]
 
 
-def unexplained(
-    y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float
-) -> tuple[Tensor, Tensor]:
+def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:
     """What remains of ``y`` when it is restored with each kernel and blurred again: which of them fits?
 
     The restoration expects twice the noise, so that it keeps to pictures that the prior knows: under a wrong kernel
@@ -420,12 +423,12 @@ def unexplained(
 
     Returns
     -------
-    tuple of Tensor, shapes (n,) and (n, 3, H', W')
-        Root mean squares, for the right kernel between once and twice the noise's standard deviation; and the scenes.
+    Tensor, shape (n,)
+        Root mean squares; for the right kernel between once and twice the noise's standard deviation.
     """
     many, guidance = y.expand(len(kernels), -1, -1, -1), DiffPIR(noise_std=2 * noise_std)
     images = sample(many, partial(blur, kernel=kernels), {"image": prior}, steps=20, guidance=guidance).image
-    return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt(), images
+    return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt()
 
 
 def estimate_noise(y: Tensor) -> float:
@@ -521,9 +524,9 @@ def check_output(path: str | os.PathLike) -> str:
 def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int) -> tuple[Tensor, tuple]:
     """The square part with most edges, of such a size that the scene behind it suits the prior; and where it is."""
     h, w = y.shape[-2:]
-    grow = window - 1 if boundary == "valid" else 0
     if boundary != "valid":
-        return y, (0, 0, h)
+        return y, (0, 0, h, w)
+    grow = window - 1
     side = (min(h, w, crop) + grow) // stride * stride - grow
     if side < window:
         raise ValueError(f"photo: {w}x{h} pixels are too few to read a kernel of up to {window} pixels from")
@@ -533,14 +536,18 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     score = F.avg_pool2d(edges, side, stride=max(1, side // 16))[0, 0]
     best = int(score.argmax())
     top, left = (best // score.shape[1]) * max(1, side // 16), (best % score.shape[1]) * max(1, side // 16)
-    return y[..., top : top + side, left : left + side], (top, left, side)
+    return y[..., top : top + side, left : left + side], (top, left, side, side)
 
 
-def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur) -> Tensor:
+def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur | SpaceVaryingBlur) -> Tensor:
     """Root mean square residual where the restored picture reaches."""
+    size, place = tuple(y.shape[-2:]), {}
     if blur.boundary == "valid":
-        y = y[..., *seen(y.shape[-2:], kernel.shape[-2:])]
-    return (y - blur(image, kernel)).square().mean().sqrt()
+        inner = seen(size, kernel.shape[-2:])
+        y = y[..., *inner]
+        if isinstance(blur, SpaceVaryingBlur):
+            place = {"part": (inner[0].start, inner[1].start, *size)}
+    return (y - blur(image, kernel, **place)).square().mean().sqrt()
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:

@@ -500,7 +500,8 @@ def diffusion_em(
     for i in bar(range(rounds), "EM", progress, unit="round"):
         if image0 is not None:
             options |= dict(start={"image": image0}, start_time=start_time)
-        own = seed if start_time is None else _shifted(seed, 1000 * i)
+        # The first round, too, must not meet the noise that its start was made with.
+        own = seed if start_time is None else _shifted(seed, 1000 * (i + 1))
         operator = partial(Blur(boundary), kernel=kernel.expand(len(y), -1, -1, -1))
         common = dict(steps=steps, samples=samples, guidance=guidance, seed=own, **options)
         run = sample(y, operator, {"image": image_prior}, **common)

@@ -142,6 +142,8 @@ class DPS:
             if moved := [name for name in led if name in self.edges]:
                 objective = objective + _norms(_differences(residual(moved))).sum()
             for name, weight in self.sparsity.items():
+                if name not in x0:
+                    raise ValueError(f"sparsity: of {name!r}, but the unknowns are {', '.join(x0)}")
                 objective = objective + weight * ((x0[name] + 1) / 2).abs().sum()
             gradient = torch.autograd.grad(objective, [x[name] for name in led]) if led else ()
 
@@ -171,7 +173,7 @@ class DPS:
         a = prior.schedule.alpha_bar(t)
         if prior.schedule.sigma(t) > self.release.get(name, math.inf):
             return x0
-        whole, method = _whole(operator), "solve" if name == "image" else f"solve_{name}"
+        (whole, known), method = _parts(operator), "solve" if name == "image" else f"solve_{name}"
         if not hasattr(whole, method):
             raise TypeError(f"operator: to pull the {name} it needs a method {method}, which {whole!r} has not")
         # As in PiGDM: x_0 is normal around its mean, with this variance (of at most one physical unit). What is left of
@@ -180,7 +182,6 @@ class DPS:
         rest = (y - operator(**physical)).square().mean((-3, -2, -1), keepdim=True)
         if name == "image":
             rest = rest.flatten(1).mean(1)[:, None, None, None]
-        known = operator.keywords if isinstance(operator, functools.partial) else {}
         latents = {**known, **physical}
         moved = getattr(whole, method)(y=y, weight=self.caution.get(name, 1.0) * rest / variance, **latents)
         return (x0 + (moved - physical[name]) / prior.scale).clamp(-1, 1)
@@ -191,8 +192,10 @@ class DPS:
         return t if lead == 1 or t < 0 else prior.schedule.time(prior.schedule.sigma(t) / lead)
 
     def scale(self, name: str, t: int, prior: Prior) -> float:
-        """Step size of latent ``name`` at time ``t``."""
-        size = self.step_size[name] if isinstance(self.step_size, Mapping) else self.step_size
+        """Step size of latent ``name`` at time ``t``; ValueError if there is none."""
+        size = self.step_size.get(name) if isinstance(self.step_size, Mapping) else self.step_size
+        if size is None:
+            raise ValueError(f"step_size: none for {name!r}, only for {', '.join(self.step_size)}")
         a = prior.schedule.alpha_bar(t)
         return size * (math.sqrt(a) if self.growing else 1) * (math.sqrt(1 - a) if name in self.settling else 1)
 
@@ -238,15 +241,15 @@ class DiffPIR:
         noise: Latents,
     ) -> tuple[Latents, Latents, Tensor]:
         """One step of the image from ``t`` to ``t_prev``; returns as :meth:`DPS.__call__`."""
-        (name,) = x
+        name, x_t = _only(x)
         prior = priors[name]
         schedule = prior.schedule
-        x0, _ = prior.estimate(x[name], t)
+        x0, _ = prior.estimate(x_t, t)
         weight = self.strength * (max(self.noise_std, 1e-3) / schedule.sigma(t)) ** 2
         x0 = solve(operator, y, x0, weight)
         norm = (y - operator(**{name: x0})).flatten(1).norm(dim=1)
         a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
-        eps = (x[name] - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        eps = (x_t - math.sqrt(a) * x0) / math.sqrt(1 - a)
         eps = math.sqrt(1 - self.eta) * eps + math.sqrt(self.eta) * noise[name]
         return {name: math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps}, {name: x0}, norm
 
@@ -281,7 +284,7 @@ class PiGDM:
         noise: Latents,
     ) -> tuple[Latents, Latents, Tensor]:
         """One step of the image from ``t`` to ``t_prev``; returns as :meth:`DPS.__call__`."""
-        ((name, x_t),) = x.items()
+        name, x_t = _only(x)
         prior = priors[name]
         a = prior.schedule.alpha_bar(t)
         variance = 1 / (self.data_std**-2 + a / (1 - a))
@@ -301,10 +304,9 @@ class PiGDM:
 
 def solve(operator: Callable, y: Tensor, image: Tensor, weight: float) -> Tensor:
     """The proximal map of ``operator``, or of ``partial(operator, kernel=...)``, at ``image``."""
-    whole = _whole(operator)
+    whole, known = _parts(operator)
     if not hasattr(whole, "solve"):
         raise TypeError(f"operator: this guidance needs an operator with a solve method, {whole!r} has none")
-    known = operator.keywords if isinstance(operator, functools.partial) else {}
     return whole.solve(y, image=image, weight=weight, **known)
 
 
@@ -386,9 +388,19 @@ def dpir(
     return prior.physical(z)
 
 
-def _whole(operator: Callable) -> Callable:
-    """The operator itself, where some of its arguments are fixed."""
-    return operator.func if isinstance(operator, functools.partial) else operator
+def _parts(operator: Callable) -> tuple[Callable, dict]:
+    """The operator itself, and those of its arguments that are fixed."""
+    return (operator.func, operator.keywords) if isinstance(operator, functools.partial) else (operator, {})
+
+
+def _only(x: Latents) -> tuple[str, Tensor]:
+    """Name and value of the one latent."""
+    if len(x) != 1:
+        raise ValueError(
+            f"guidance: DiffPIR and PiGDM take one unknown, got {', '.join(x)}; fix the others with functools.partial, "
+            "or take DPS"
+        )
+    return next(iter(x.items()))
 
 
 @dataclass
@@ -614,9 +626,9 @@ def _check(
     y: Tensor, operator: Callable, priors: Mapping[str, Prior], samples: int
 ) -> tuple[dict[str, tuple[int, ...]], object]:
     """Check what came; returns each latent's shape and the common schedule."""
-    if not isinstance(y, Tensor) or not y.is_floating_point():
+    if not isinstance(y, Tensor) or y.dtype != torch.float32:
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y: expected a floating-point tensor, got {kind}")
+        raise TypeError(f"y: expected a tensor of torch.float32, got {kind}")
     if y.ndim not in (4, 5) or 0 in y.shape:
         raise ValueError(f"y: expected shape (B, C, h, w), or (B, M, C, h, w) of frames, got {tuple(y.shape)}")
     if not bool(torch.isfinite(y).all()):
@@ -657,8 +669,7 @@ def _check(
 
 def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
     """Shape ([M,] C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
-    whole = _whole(operator)
-    known = operator.keywords if isinstance(operator, functools.partial) else {}
+    whole, known = _parts(operator)
     sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
     sizes |= {name: tuple(p.shape[-2:]) for name, p in priors.items() if p.shape[-1] is not None}
     derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}

@@ -1,4 +1,4 @@
-"""From frames seen through turbulent air to one sharp picture: optical flow first, then the parallel diffusion."""
+"""From frames seen through turbulent air to one sharp picture: optical flow first, then blind deblurring."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import estimate_noise, find_kernels
-from blindlib.em import Threshold
-from blindlib.metrics import recentred
+from blindlib.deblur import ROUNDS, estimate_noise, find_kernels
 from blindlib.operators import Blur, Turbulence
-from blindlib.priors import DiffusionPrior, kernel_to_latent
-from blindlib.sampler import DPS, DiffPIR, Result, sample
+from blindlib.priors import DiffusionPrior
+from blindlib.sampler import DiffPIR, Result, sample
 
 # Smoothness of the flow in pixels, round by round.
 COARSE_TO_FINE = (6.0, 4.0, 3.0, 3.0, 3.0, 3.0)
-# When the parallel diffusion starts: the noise of this time hides what is fine only. What it leaves of a kernel below
-# this share of the peak is noise of the sampler.
-START_TIME = 120
-HAZE = 0.03
+# How often the tilts follow the sharp image, and it them.
+TURNS = 3
 
 
 def register(y: Tensor, operator: Turbulence, *, smoothness: Sequence[float] = COARSE_TO_FINE) -> tuple[Tensor, Tensor]:
@@ -83,18 +79,16 @@ def mitigate(
     *,
     boundary: str = "circular",
     noise_std: float | None = None,
-    steps: int = 60,
+    rounds: int = ROUNDS,
     samples: int = 4,
-    rounds: int = 2,
     seed: int = 0,
     progress: bool = False,
 ) -> Result:
     """One sharp picture from frames that turbulence has bent and blurred; kernel and tilts are unknown.
 
     All frames bend the same scene, each its own way, so that they agree once they are registered (:func:`register`).
-    What is left is a blurred picture with little noise, whose kernel :func:`~blindlib.deblur.find_kernels` finds. From
-    there image and kernel diffuse in parallel (BlindDPS, arXiv 2211.10656), tied to all frames by the tilts. Lastly the
-    tilts follow the sharp image, and the image, the mean of posterior samples by DiffPIR, follows the tilts.
+    What is left is a blurred picture with little noise, whose kernel :func:`~blindlib.deblur.find_kernels` finds. Then,
+    in turns, the tilts follow the sharp image, and the image, the mean of posterior samples by DiffPIR, the tilts.
 
     Parameters
     ----------
@@ -106,12 +100,10 @@ def mitigate(
         As of :class:`~blindlib.Turbulence`; for a video, ``"reflect"``.
     noise_std : float, optional
         Of a frame, on the [-1, 1] scale; estimated when not given.
-    steps : int
-        Of the parallel diffusion.
+    rounds : int
+        Of EM, in search of the kernel.
     samples : int
         Posterior samples of the image of which the mean is taken.
-    rounds : int
-        How often tilts and image follow each other.
     seed : int
     progress : bool
 
@@ -136,51 +128,22 @@ def mitigate(
         raise ValueError("boundary: expected 'circular', 'zero' or 'reflect', got 'valid'")
     operator, blur = Turbulence(boundary, frames=y.shape[1]), Blur(boundary)
     noise_std = estimate_noise(y.flatten(0, 1)) if noise_std is None else noise_std
-    common = dict(seed=seed, progress=progress)
+    common, only = dict(seed=seed, progress=progress), {"image": priors["image"]}
+
+    def restored(y: Tensor, known: Callable, noise: float) -> Result:
+        """Samples, not plug and play, which frames whose tilts are a little wrong lead further astray."""
+        return sample(y, known, only, steps=20, samples=samples, guidance=DiffPIR(noise, strength=1.0), **common)
 
     still, tilt = register(y, operator)
     left = estimate_noise(still)
-    two = {name: priors[name] for name in ("image", "kernel")}
-    kernel, rest = find_kernels(still, two, blur, left, **common)
-
-    def mean(y: Tensor, known: Callable, noise: float, rest: float) -> Tensor:
-        """Of posterior samples; by frames whose tilts are a little wrong, plug and play is led further astray."""
-        # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
-        options = dict(steps=20, samples=samples, guidance=DiffPIR(max(noise, 1.5 * rest), strength=1.0), **common)
-        return sample(y, known, {"image": priors["image"]}, **options).posterior("image").mean(1)
-
-    image = mean(still, partial(blur, kernel=kernel), left, float(rest))
-    tilt = flow(y, image, kernel, tilt, operator)
-
-    run, kernel = _refined(y, partial(operator, tilt=tilt), two, image, kernel, steps=steps, samples=2, **common)
-    image = run.posterior("image").mean(1)
-    for _ in range(rounds):
+    kernel, rest = find_kernels(still, priors, blur, left, rounds=rounds, **common)
+    # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
+    run = restored(still, partial(blur, kernel=kernel), max(left, 1.5 * float(rest)))
+    for _ in range(TURNS):
+        image = run.posterior("image").mean(1)
         tilt = flow(y, image, kernel, tilt, operator)
-        known = partial(operator, kernel=kernel, tilt=tilt)
-        rest = (y - known(image=image)).square().mean().sqrt()
-        image = mean(y, known, noise_std, float(rest))
+        rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
+        run = restored(y, partial(operator, kernel=kernel, tilt=tilt), max(noise_std, 1.5 * float(rest)))
+    image = run.posterior("image").mean(1)
     rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
     return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1, residual=rest[None])
-
-
-def _refined(
-    y: Tensor,
-    operator: Callable,
-    priors: Mapping[str, DiffusionPrior],
-    image: Tensor,
-    kernel: Tensor,
-    **options: object,
-) -> tuple[Result, Tensor]:
-    """The parallel diffusion (BlindDPS) from an image and a kernel, with little noise; options are :func:`sample`'s.
-
-    Returns
-    -------
-    tuple of Result and Tensor, shape (B, 1, K, K)
-        The run, and its kernels (the mean of several samples) centred and without the faint haze.
-    """
-    start = {"image": image, "kernel": kernel_to_latent(kernel)}
-    # Steps as long as in a run of 300, which has about as many at these times.
-    guidance = DPS().respaced(300, (y.shape[-2] * y.shape[-1]) ** 0.5)
-    run = sample(y, operator, priors, guidance=guidance, start=start, start_time=START_TIME, **options)
-    kernel = Threshold(HAZE)(run.posterior("kernel").mean(1), 0)
-    return run, recentred(kernel / kernel.sum((2, 3), keepdim=True))

@@ -73,9 +73,9 @@ from blindlib.deblur import read_image, resize
 from blindlib.operators import warp
 
 sizes = {
-    "ci": {"side": 64, "photos": 1, "frames": 3, "samples": 2, "plain": 4, "steps": 8, "texts": 2},
-    "cpu": {"side": 64, "photos": 2, "frames": 8, "samples": 2, "plain": 20, "steps": 40, "texts": 3},
-    "gpu": {"side": 128, "photos": 4, "frames": 16, "samples": 6, "plain": 50, "steps": 200, "texts": 8},
+    "ci": {"side": 64, "photos": 1, "frames": 3, "samples": 2, "plain": 4, "steps": 8, "texts": 2, "rounds": 1},
+    "cpu": {"side": 64, "photos": 2, "frames": 8, "samples": 2, "plain": 20, "steps": 40, "texts": 3, "rounds": 12},
+    "gpu": {"side": 128, "photos": 4, "frames": 16, "samples": 6, "plain": 50, "steps": 200, "texts": 8, "rounds": 12},
 }[preset]
 side, frames, steps = sizes["side"], sizes["frames"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
@@ -449,9 +449,8 @@ _ = display.save_figure(figure, "04_turbulence_tilts.png")
 # the flow from it to each frame (the Gauss-Newton step above, coarse at first), and then the picture that explains all
 # frames under these tilts; repeat (`register`). What comes out is blurred by the kernel alone, where the mean frame is
 # blurred by the spread of the tilts too, and it has little noise: the problem of notebook 02, for which `deblur`
-# has a good recipe. Only then image and kernel diffuse in parallel, from this start and tied to all frames. Lastly
-# tilts and image follow each other: flow towards the sharp image, and the mean of several samples by DiffPIR
-# (`mitigate`).
+# has a good recipe. Then tilts and image follow each other: flow towards the sharp image, and the mean of several
+# samples by DiffPIR, from all frames (`mitigate`).
 # The yardstick is the mean frame through `deblur`, which looks for the kernel with the same care.
 #
 # And the ceiling: no number of frames tells the mean of the tilts. A perfect method that takes it to be zero returns
@@ -462,10 +461,10 @@ if preset != "ci":
     print("about four minutes on two CPU cores")
 two = {name: priors[name] for name in ("image", "kernel")}
 still, _ = register(y, several)
-runs = [mitigate(video[None], two, steps=3 * sizes["plain"], seed=seed) for video in y]
+runs = [mitigate(video[None], two, rounds=sizes["rounds"], seed=seed) for video in y]
 registered, tilt_found = (torch.cat([getattr(one, name) for one in runs]) for name in ("image", "tilt"))
-options = {"boundary": "circular", "priors": two, "seed": seed, "device": device, "progress": False}
-deblurred = torch.cat([deblur(frame[None], **options).image for frame in mean_frame]).to(device)
+options = {"boundary": "circular", "priors": two, "seed": seed, "device": device, "rounds": sizes["rounds"]}
+deblurred = torch.cat([deblur(frame[None], **options, progress=False).image for frame in mean_frame]).to(device)
 bent = warp(truth, true_tilts.mean(1))
 
 psnr_deblurred, psnr_registered, psnr_bent = (

@@ -243,19 +243,22 @@ def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
     if cell.method == "blurred":
         return cell, scores(y, None, x, k)
     method = methods(y, k, cell.noise_std, load_priors(device))[cell.method]
-    began = time.perf_counter()
+    began, result, entry = time.perf_counter(), None, {}
     try:
         result = method()
     except ArithmeticError as error:
         entry = {"diverged": str(error)}
-    else:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if result is not None:
         kernel = result.latents.get("kernel")
         entry = scores(result.image[:1], None if kernel is None else kernel[:1], x, k)
         if result.samples > 1:
             average = result.image.mean(0, keepdim=True)
             entry["psnr of the average"] = scores(average, None, x, k)["psnr"]
-        entry |= {"evaluations": result.evaluations * result.samples}
-    entry["seconds"] = time.perf_counter() - began
+        entry["evaluations"] = result.evaluations * result.samples
+    entry["seconds"] = seconds
     return cell, entry
 
 

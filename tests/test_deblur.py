@@ -2,6 +2,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,16 @@ from blindlib import (
 )
 from blindlib.__main__ import main
 from blindlib.baselines import no_blur
-from blindlib.deblur import estimate_noise, find_kernels, read_image, resize, restore, unexplained, write_image
+from blindlib.deblur import (
+    _residual,
+    estimate_noise,
+    find_kernels,
+    read_image,
+    resize,
+    restore,
+    unexplained,
+    write_image,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,26 @@ def test_pieces_fit_together(blurred):
     prior = load_prior("image")
     whole, pieces = (restore(y, k, prior, Blur("valid"), 0.02, tile=t) for t in (256, 56))
     assert psnr(pieces, scene) > psnr(whole, scene) - 1.0
+    # As large as can be expected of two estimates: no more on the seams, 56 - 32 and 56 pixels from each side.
+    error = (pieces - whole).square().mean((0, 1, 2))
+    assert error[20:77].max() < 10 * error.mean()
+
+
+@pytest.mark.parametrize("operator, tile", [(Blur("valid"), 24), (Downsample(8), 256), (Downsample(4), 128)])
+def test_pieces_are_larger_than_the_kernel(operator, tile):
+    """Also where they are asked to be smaller than what they have in common."""
+    factor, k = getattr(operator, "factor", 1), no_blur(1, 32)
+    y = torch.zeros(1, 3, 90, 8)
+    out = restore(y, k, load_prior("image"), operator, 0.02, tile=tile, steps=1)
+    assert out.shape == (1, 3, 90 * factor, 8 * factor) and bool(torch.isfinite(out).all())
+
+
+def test_the_residual_of_a_field_is_that_of_its_inner_part():
+    """With the PSFs that belong there, those of the whole field."""
+    psfs = shaken_psfs((2, 2), 9, extent=(0.9, 0.9), roll=1.5, seed=2)
+    x = dead_leaves(1, 56, seed=4)
+    y = SpaceVaryingBlur("valid")(x, psfs)
+    assert _residual(y, x[..., 4:-4, 4:-4], psfs, SpaceVaryingBlur("valid")) < 1e-6
 
 
 def test_restoring_what_varies_over_the_field(blurred):
@@ -204,8 +234,7 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
 def test_the_right_kernel_explains_best(blurred):
     _, k, y = blurred
     prior, wrong = load_prior("image"), motion_kernels(3, 32, seed=5)
-    rest, images = unexplained(y, torch.cat([wrong, k.flip(2), k]), prior, Blur("valid"), 0.02)
-    assert images.shape == (5, 3, 128, 128)
+    rest = unexplained(y, torch.cat([wrong, k.flip(2), k]), prior, Blur("valid"), 0.02)
     assert rest.argmin() == 4 and 0.02 < rest[4] < 0.04
     assert rest[:4].min() > 1.1 * rest[4]
 
@@ -219,9 +248,27 @@ def test_of_several_starts_those_that_explain_best_are_kept(blurred, monkeypatch
     kernels, rest = find_kernels(y, priors, Blur(), 0.02, rounds=2, starts=5)
     assert kernels.shape == (5, 1, 32, 32) and (rest.diff() >= 0).all()
     assert (kernels[:-1] - kernels[1:]).abs().amax((1, 2, 3)).min() > 1e-4, "no two starts are the same"
-    torch.testing.assert_close(unexplained(y, kernels, priors["image"], Blur(), 0.02)[0], rest)
+    torch.testing.assert_close(unexplained(y, kernels, priors["image"], Blur(), 0.02), rest)
     torch.testing.assert_close(deblur(y, starts=5, samples=2, **common).kernels, kernels[:2])
     assert len(deblur(y, samples=3, starts=1, **{**common, "rounds": 1}).kernels) == 3
+
+
+def test_each_stage_has_noise_of_its_own(blurred, monkeypatch):
+    """Whatever the seed: a run that meets the noise its start was made with would get it back."""
+    used = []
+
+    def noted(y, *_, kernel0, seed, **options):
+        used.append(seed)
+        return SimpleNamespace(kernel=kernel0, image=y)
+
+    stand_ins = dict(fast_em=noted, diffusion_em=noted, unexplained=lambda y, kernels, *_: kernels.sum((1, 2, 3)))
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(sys.modules["blindlib.deblur"], name, stand_in)
+    priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}
+    for seed in (0, 1):
+        find_kernels(blurred[2][..., :64, :64], priors, Blur(), 0.02, starts=2, seed=seed)
+    seeds = [one for seed in used for one in (seed if isinstance(seed, list) else [seed])]
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 def test_the_kernel_is_found_from_what_the_sensor_saw(blurred):
@@ -244,9 +291,9 @@ def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(bounda
     torch.testing.assert_close(found, valid, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("change", [dict(samples=0), dict(starts=0)])
-def test_too_few_starts(change):
-    with pytest.raises(ValueError, match="samples, starts: expected at least 1"):
+@pytest.mark.parametrize("change", [dict(samples=0), dict(starts=0), dict(max_size=0), dict(max_size=-1)])
+def test_numbers_that_are_too_small(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.*: expected "):
         deblur(np.zeros((64, 64, 3)), progress=False, **change)
 
 

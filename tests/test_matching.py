@@ -729,3 +729,5 @@ def test_what_is_no_operator(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main([*common, prior, "--max-size", "100"]) == 2
     assert "max-size: the operator is of the photograph's full size" in capsys.readouterr().err
+    assert main([*common, prior, "--rounds", "3", "--crop", "64"]) == 2
+    assert "rounds, crop: for the search of a kernel, the operator is known" in capsys.readouterr().err

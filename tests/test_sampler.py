@@ -425,8 +425,9 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(y=[[0.0]]), TypeError, "y: expected a floating-point tensor, got list"),
+        (dict(y=[[0.0]]), TypeError, "y: expected a tensor of torch.float32, got list"),
         (dict(y=torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), TypeError, "y: .*torch.uint8"),
+        (dict(y=torch.zeros(1, 3, 16, 16, dtype=torch.float64)), TypeError, "torch.float32, got torch.float64"),
         (dict(y=torch.zeros(3, 16, 16)), ValueError, r"y: expected shape \(B, C, h, w\)"),
         (dict(y=torch.full((1, 3, 16, 16), math.nan)), ValueError, "y: has 768 values that are NaN"),
         (dict(y=torch.full((1, 3, 16, 16), 128.0)), ValueError, r"y: expected values of about \[-1, 1\]"),
@@ -448,6 +449,10 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
             r"start: .* shape \(1, 1, 8, 8\) of the kernel, got \(1, 1, 9, 9\)",
         ),
         (dict(history=11), ValueError, "history"),
+        (dict(guidance=DiffPIR(0.1)), ValueError, "DiffPIR and PiGDM take one unknown, got image, kernel; fix"),
+        (dict(guidance=PiGDM(0.1)), ValueError, "DiffPIR and PiGDM take one unknown, got image, kernel; fix"),
+        (dict(guidance=DPS(step_size={"image": 1.0})), ValueError, "step_size: none for 'kernel', only for image"),
+        (dict(guidance=DPS(sparsity={"psf": 1.0})), ValueError, "sparsity: of 'psf', but the unknowns are image, ker"),
         (dict(seed="a"), ValueError, "seed"),
         (dict(seed=[1, 2]), ValueError, "one for each of 1 measurements"),
         (dict(priors={"image": None}), ValueError, "priors: no prior for kernel"),

@@ -48,7 +48,7 @@ def test_scenes_of_a_batch_are_registered_each_for_itself(video):
 
 def test_mitigate_returns_image_kernel_and_tilts(video):
     y, priors = video[3][:, :2, :, :32, :32], {name: load_prior(name) for name in ("image", "kernel")}
-    run = mitigate(y, priors, steps=2, samples=1, rounds=1)
+    run = mitigate(y, priors, samples=1, rounds=1)
     assert run.image.shape == (1, 3, 32, 32) and run.posterior("tilt").shape == (1, 1, 2, 2, 32, 32)
     torch.testing.assert_close(run.kernel.sum(), torch.tensor(1.0))
     torch.testing.assert_close(run.tilt.mean(1), torch.zeros(1, 2, 32, 32), atol=1e-5, rtol=0)
