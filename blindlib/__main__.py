@@ -100,8 +100,12 @@ def _deblur(a: argparse.Namespace) -> str:
         return _deblur_folder(a)
     if a.jobs is not None or a.cluster is not None:
         raise ValueError(f"jobs, cluster: expected a folder of photographs, got {str(a.photo)!r}")
+    if not a.photo.is_file():
+        raise FileNotFoundError(f"photo: no file or folder {str(a.photo)!r}")
+    if a.kernel_out is not None and a.kernel_out.resolve() == a.out.resolve():
+        raise ValueError(f"kernel-out: {a.out} is where the photograph goes; name another file")
     for out in (a.out, a.kernel_out):
-        if out is not None and out.exists() and a.photo.exists() and out.samefile(a.photo):
+        if out is not None and out.exists() and out.samefile(a.photo):
             raise ValueError(f"out: {out} is the photograph itself; name another file")
         if out is not None:
             check_output(out)
@@ -142,6 +146,11 @@ def _learn_operator(a: argparse.Namespace) -> str:
         raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
     if a.kernel_out is not None:
         check_output(a.kernel_out)
+    for name in ("kernel_size", "flow_steps", "steps", "batch", "crop"):
+        if (value := getattr(a, name)) is not None and value < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
+    if a.noise_std is not None and not 0 <= a.noise_std < 1:
+        raise ValueError(f"noise-std: expected a number in [0, 1), on the [-1, 1] scale, got {a.noise_std}")
     first = Team(a.device).rank == 0
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
@@ -207,6 +216,8 @@ def read_folder(
 
 def _grid(text: str) -> tuple[int, int]:
     rows, columns = (int(n) for n in text.split("x"))
+    if min(rows, columns) < 1:
+        raise ValueError(text)
     return rows, columns
 
 

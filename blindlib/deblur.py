@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
@@ -34,6 +35,9 @@ ROUNDS = 12
 ROUND_STEPS = 6
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
+
+# To be written: those that keep every pixel and any size.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 
 Photo = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -116,7 +120,8 @@ def deblur(
     noise_std : float, optional
         Of the photograph's noise, on the [-1, 1] scale; estimated when not given.
     max_size : int, optional
-        A photograph whose longer side has more pixels is scaled down to it first, and a line says so. ``None``: never.
+        A photograph whose longer side has more pixels is scaled down to it first, and a line says so. ``None``: never;
+        nor where the kernel is known, which is that of the photograph's own size.
     crop : int
         Side of the part of the photograph that the kernel is read from, about.
     seed : int
@@ -124,7 +129,7 @@ def deblur(
         ``"auto"``: a GPU where there is one.
     prior : {"image", "text"}
         Which shipped prior of images: that of all kinds of scenes, or that of printed text and line drawings.
-    priors : dict with "image" and "kernel", optional
+    priors : dict with "image" and, where it is sought, "kernel", optional
         Others than those that ship; ``prior`` is not asked then. They are moved to the device.
     progress : bool
         Print what is being done, with progress bars.
@@ -142,21 +147,25 @@ def deblur(
     say = print if progress else (lambda *_: None)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
-    if samples < 1 or starts < 1:
-        raise ValueError(f"samples, starts: expected at least 1, got {samples} and {starts}")
-    if max_size is not None and max_size < 1:
-        raise ValueError(f"max_size: expected a positive number of pixels or None, got {max_size}")
+    for name, value in dict(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
+    if priors is not None and (missing := ({"image", "kernel"} if kernel is None else {"image"}) - set(priors)):
+        raise ValueError(f"priors: none for {', '.join(sorted(missing))}")
+    if kernel is not None:
+        _check_known(kernel)
     device = pick_device(device)
     priors = priors or {"image": load_prior(prior), "kernel": load_prior("kernel")}
     for one in priors.values():
-        one.to(device)
+        if isinstance(one, DiffusionPrior):
+            one.to(device)
     blur = Blur(boundary) if kernel is None or kernel.ndim == 4 else SpaceVaryingBlur(boundary)
 
     y = read_image(photo)
     scale = 1.0
-    if max_size is not None and max(y.shape[-2:]) > max_size:
+    if kernel is None and max_size is not None and max(y.shape[-2:]) > max_size:
         scale = max_size / max(y.shape[-2:])
         size = [max(1, round(side * scale)) for side in y.shape[-2:]]
         say(f"scaling down from {y.shape[-1]}x{y.shape[-2]} to {size[1]}x{size[0]} pixels (max_size={max_size})")
@@ -186,6 +195,15 @@ def deblur(
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
+
+
+def _check_known(kernel: Tensor) -> None:
+    shape = tuple(kernel.shape) if isinstance(kernel, Tensor) else type(kernel).__name__
+    if not isinstance(kernel, Tensor) or kernel.ndim not in (4, 6) or kernel.shape[-1] != kernel.shape[-2]:
+        raise ValueError(f"kernel: expected shape (1, 1, K, K), or (1, rows, columns, 1 or 3, K, K); got {shape}")
+    total = kernel.sum((-2, -1))
+    if not bool((kernel >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
+        raise ValueError("kernel: expected values that are not negative and have the sum 1")
 
 
 def deblur_folder(
@@ -231,6 +249,8 @@ def deblur_folder(
         raise FileNotFoundError(f"folder: there is no folder {str(folder)!r}")
     if out == folder:
         raise ValueError(f"out: {str(out)!r} is the folder of the photographs itself; name another")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out: there is no folder {str(out.parent)!r}")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, as {str(folder)!r} is one, got the file {str(out)!r}")
     out.mkdir(exist_ok=True)
@@ -317,6 +337,8 @@ def restore(
 
     if operator.boundary != "valid":
         return undone(y, kernel)
+    if len(y) != 1:
+        raise ValueError(f"y: expected one picture (1, 3, H, W), got {tuple(y.shape)}")
     k, sizes = kernel.shape[-1], y.shape[-2:]
     overlap = -(-k // factor)
     spans = [_spans(side, max(tile // factor, 2 * overlap), overlap) for side in sizes]
@@ -458,7 +480,7 @@ def read_image(photo: Photo) -> Tensor:
         try:
             with Image.open(photo) as opened:
                 opened.load()
-                photo = ImageOps.exif_transpose(opened)
+                photo = _in_srgb(ImageOps.exif_transpose(opened))
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({error})") from None
     if isinstance(photo, Image.Image):
@@ -483,6 +505,17 @@ def read_image(photo: Photo) -> Tensor:
     if x.shape[2] == 4:
         x = x[:, :, :3] * x[:, :, 3:] + 1 - x[:, :, 3:]
     return 2 * x.expand(*x.shape[:2], 3).permute(2, 0, 1)[None].contiguous() - 1
+
+
+def _in_srgb(photo: Image.Image) -> Image.Image:
+    """The picture in sRGB, which is what is written: its own colours, such as a camera's, would be lost in silence."""
+    if photo.mode not in ("RGB", "RGBA") or not (profile := photo.info.get("icc_profile")):
+        return photo
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(photo, own, ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError):  # a profile that is broken
+        return photo
 
 
 def resize(image: Tensor, size: int | Sequence[int]) -> Tensor:
@@ -514,7 +547,7 @@ def write_image(image: Tensor, path: str | os.PathLike) -> None:
 def check_output(path: str | os.PathLike) -> str:
     """The image format that ``path`` asks for; raises as :func:`write_image`, so that nothing is computed in vain."""
     path, formats = Path(path), Image.registered_extensions()
-    if formats.get(path.suffix.lower()) not in Image.SAVE:
+    if formats.get(path.suffix.lower()) not in FORMATS:
         raise ValueError(f"path: no image format to write goes by the suffix {path.suffix!r}; take .png or .jpg")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {str(path.parent)!r}")
@@ -529,7 +562,8 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     grow = window - 1
     side = (min(h, w, crop) + grow) // stride * stride - grow
     if side < window:
-        raise ValueError(f"photo: {w}x{h} pixels are too few to read a kernel of up to {window} pixels from")
+        few = f"crop: {crop}" if crop < min(h, w) else f"photo: {w}x{h}"
+        raise ValueError(f"{few} pixels are too few to read a kernel of up to {window} pixels from")
     grey = y.mean(1, keepdim=True)
     edges = F.pad((grey.diff(dim=2)[..., :-1].square() + grey.diff(dim=3)[..., :-1, :].square()).sqrt(), (0, 1, 0, 1))
     edges = edges * (grey.abs() < 0.97)  # clipped highlights break the linear model

@@ -265,7 +265,7 @@ def fit_kernel(
     Raises
     ------
     ValueError
-        If shapes do not fit, or a number is not positive.
+        If shapes do not fit, a number is not positive, or a value not finite.
     """
     x = x_samples.unsqueeze(1) if x_samples.ndim == 4 else x_samples
     _check_boundary(boundary)
@@ -283,6 +283,9 @@ def fit_kernel(
         raise ValueError(f"regularizer: its prior has windows of {regularizer.prior.shape[-1]}, kernel0 of {window}")
     if any(k > side for k, side in zip(window, y.shape[-2:], strict=True)):
         raise ValueError(f"kernel0: {window} is larger than the image, {tuple(y.shape[-2:])}")
+    for name, value in (("y", y), ("x_samples", x), ("kernel0", kernel0)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: has values that are NaN or infinite")
     for name, value in (("noise_std", noise_std), ("beta", beta), ("iterations", iterations)):
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")

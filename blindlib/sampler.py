@@ -43,7 +43,7 @@ class DPS:
     Parameters
     ----------
     step_size : float or mapping of latent name to float
-        alpha in the paper.
+        alpha in the paper; 1 for a name that the mapping lacks.
     growing : bool
         Multiply the step size by sqrt(alpha_bar_t): small steps while the estimates are coarse.
     settling : collection of str
@@ -192,10 +192,8 @@ class DPS:
         return t if lead == 1 or t < 0 else prior.schedule.time(prior.schedule.sigma(t) / lead)
 
     def scale(self, name: str, t: int, prior: Prior) -> float:
-        """Step size of latent ``name`` at time ``t``; ValueError if there is none."""
-        size = self.step_size.get(name) if isinstance(self.step_size, Mapping) else self.step_size
-        if size is None:
-            raise ValueError(f"step_size: none for {name!r}, only for {', '.join(self.step_size)}")
+        """Step size of latent ``name`` at time ``t``."""
+        size = self.step_size.get(name, 1.0) if isinstance(self.step_size, Mapping) else self.step_size
         a = prior.schedule.alpha_bar(t)
         return size * (math.sqrt(a) if self.growing else 1) * (math.sqrt(1 - a) if name in self.settling else 1)
 
@@ -375,6 +373,7 @@ def dpir(
 
     # z_0: at each pixel the mean of the measurements that see it, by their share (the paper's y, or y interpolated).
     nothing = y.new_zeros(len(y), *shapes["image"])
+    _check_output(operator, {"image": nothing}, y)
     back, of_ones = (
         torch.autograd.functional.vjp(lambda image: operator(image=image), nothing, v)[1]
         for v in (y, torch.ones_like(y))
@@ -508,6 +507,8 @@ def sample(
     >>> sample(y, Blur(), priors, steps=1000).kernel                                # doctest: +SKIP
     """
     guidance = DPS() if guidance is None else guidance
+    if not callable(guidance):
+        raise TypeError(f"guidance: expected one such as DPS(), got {guidance!r}")
     shapes, schedule = _check(y, operator, priors, samples)
     if (start is None) != (start_time is None):
         raise ValueError("start, start_time: expected both or neither")
@@ -525,6 +526,8 @@ def sample(
         x = {name: prior.start(noise[name]) for name, prior in priors.items()}
     else:
         x = _diffused(start, noise, times[0], priors, guidance, samples)
+
+    _check_output(operator, {name: priors[name].physical(value) for name, value in x.items()}, y)
 
     frames = {round((i + 1) * steps / history) - 1 for i in range(history)}
     kept: dict[str, list[Tensor]] = {name: [] for name in ("t", "residual", *priors)}
@@ -611,7 +614,7 @@ class _Noise:
 
     def __init__(self, seed: int | Sequence[int], batch: int, samples: int, device: torch.device) -> None:
         one = isinstance(seed, int) and not isinstance(seed, bool)
-        seeds = [seed] if one else list(seed)
+        seeds = [seed] if one else list(seed) if isinstance(seed, Sequence) else []
         if not all(isinstance(s, int) for s in seeds) or len(seeds) not in ((1,) if one else (batch,)):
             raise ValueError(f"seed: expected an int, or one for each of {batch} measurements, got {seed!r}")
         self.generators = [torch.Generator().manual_seed(s * 1_000_003 + j) for s in seeds for j in range(samples)]
@@ -638,8 +641,10 @@ def _check(
             f"y: expected values of about [-1, 1] plus noise, got [{float(y.min()):.3g}, {float(y.max()):.3g}]; "
             "an image of bytes becomes one by x / 127.5 - 1"
         )
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
+    if not priors:
+        raise ValueError("priors: expected one for each unknown, got none")
 
     arguments = inspect.signature(operator).parameters
     needed = {name for name, p in arguments.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
@@ -667,12 +672,23 @@ def _check(
     return _shapes(y, operator, priors), schedules[0]
 
 
+def _check_output(operator: Callable, physical: Latents, y: Tensor) -> None:
+    """Shapes that differ from y's could still broadcast, and items of a batch mix."""
+    with torch.no_grad():
+        made = operator(**physical)
+    if made.shape != y.shape:
+        raise ValueError(f"operator: returned shape {tuple(made.shape)}, but y has {tuple(y.shape)}")
+
+
 def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
     """Shape ([M,] C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
     whole, known = _parts(operator)
     sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
     sizes |= {name: tuple(p.shape[-2:]) for name, p in priors.items() if p.shape[-1] is not None}
-    derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
+    try:
+        derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
+    except TypeError as error:
+        raise ValueError(f"priors: sizes do not follow from y's alone, a prior has to give its own ({error})") from None
     shapes = {}
     for name, prior in priors.items():
         height, width = sizes.get(name) or derived.get(name) or tuple(y.shape[-2:])
@@ -680,7 +696,7 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
             down = [side - side % prior.stride for side in (height, width)]
             raise ValueError(
                 f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior "
-                f"works at multiples of {prior.stride}; crop y by {height - down[0]} and {width - down[1]} pixels"
+                f"works at multiples of {prior.stride}; crop y so that it needs one of {down[0]}x{down[1]}"
             )
         if name == "image" and name not in known and prior.shape[-3] != y.shape[-3]:
             raise ValueError(f"y: has {y.shape[-3]} channels, the image prior {prior.shape[0]}; repeat or average y's")

@@ -115,7 +115,8 @@ def mitigate(
     Raises
     ------
     ValueError
-        If ``y`` is not one set of frames, or the boundary is ``"valid"``: frames tell no tilt of what they do not see.
+        If ``y`` is not one set of frames, a number is not positive, a prior is missing, or the boundary is ``"valid"``:
+        frames tell no tilt of what they do not see.
 
     Examples
     --------
@@ -126,6 +127,11 @@ def mitigate(
         raise ValueError(f"y: expected shape (1, M, C, H, W) with two frames or more, got {shape}")
     if boundary == "valid":
         raise ValueError("boundary: expected 'circular', 'zero' or 'reflect', got 'valid'")
+    for name, value in dict(rounds=rounds, samples=samples).items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if missing := {"image", "kernel"} - set(priors):
+        raise ValueError(f"priors: none for {', '.join(sorted(missing))}")
     operator, blur = Turbulence(boundary, frames=y.shape[1]), Blur(boundary)
     noise_std = estimate_noise(y.flatten(0, 1)) if noise_std is None else noise_std
     common, only = dict(seed=seed, progress=progress), {"image": priors["image"]}

@@ -356,14 +356,14 @@ def restore(seen, operator, prior, result):
 
 
 def score(image, result, scene, true):
-    """PSNR after the best small shift; error of the mean tilt."""
+    """PSNR after the best small shift, by quarters of a pixel, which no measurement tells; error of the mean tilt."""
     found = 0 * true if "tilt" not in result.latents else result.posterior("tilt").mean(1)
-    return psnr(image, scene, max_shift=3).mean().item(), tilt_score(found, true, scene)
+    return psnr(image, scene, max_shift=3, subpixel=4).mean().item(), tilt_score(found, true, scene)
 
 
 restored = restore(y, several, priors["image"], run)
-psnr_frame = psnr(y.flatten(0, 1), truth.repeat_interleave(frames, 0), max_shift=3).mean().item()
-psnr_mean_frame = psnr(mean_frame, truth, max_shift=3).mean().item()
+psnr_frame = psnr(y.flatten(0, 1), truth.repeat_interleave(frames, 0), max_shift=3, subpixel=4).mean().item()
+psnr_mean_frame = psnr(mean_frame, truth, max_shift=3, subpixel=4).mean().item()
 psnr_frames, tilt_frames = score(restored, run, truth, true_tilts)
 mnc_frames = mnc(run.posterior("kernel").mean(1), kernels).mean().item()
 gained = (tilt_none - tilt_frames) / (tilt_none - tilt_oracle)
@@ -468,7 +468,7 @@ deblurred = torch.cat([deblur(frame[None], **options, progress=False).image for 
 bent = warp(truth, true_tilts.mean(1))
 
 psnr_deblurred, psnr_registered, psnr_bent = (
-    psnr(image, truth, max_shift=3).mean().item() for image in (deblurred, registered, bent)
+    psnr(image, truth, max_shift=3, subpixel=4).mean().item() for image in (deblurred, registered, bent)
 )
 tilt_registered = tilt_score(tilt_found, true_tilts, truth)
 mnc_registered = mnc(torch.cat([one.kernel for one in runs]), kernels).mean().item()
@@ -539,10 +539,10 @@ for name, (scene, prior) in cases.items():
     known = partial(operator, kernel=kernel, tilt=tilt)
     exact = sample(seen, known, {"image": prior}, steps=20, seed=seed, guidance=DiffPIR(noise_std=noise_std)).image
     single[name] = {
-        "degraded": psnr(seen, scene, max_shift=3).mean().item(),
+        "degraded": psnr(seen, scene, max_shift=3, subpixel=4).mean().item(),
         "three priors": score(image, found, scene, tilt)[0],
         "tilt ignored": score(plain_image, plainly, scene, tilt)[0],
-        "kernel, tilt known": psnr(exact, scene, max_shift=3).mean().item(),
+        "kernel, tilt known": psnr(exact, scene, max_shift=3, subpixel=4).mean().item(),
         "tilt error": score(image, found, scene, tilt)[1],
         "of no tilt": tilt_score(0 * tilt, tilt, scene),
     }
@@ -653,7 +653,7 @@ _ = display.record(
 # fewer = {**three, "tilt": Frames(priors["tilt"], frames // 2, centred=True)}
 # half = Turbulence(frames=frames // 2)
 # lucky = restore(chosen, half, priors["image"], sample(chosen, half, fewer, **settings))
-# print(psnr(lucky, truth, max_shift=3))
+# print(psnr(lucky, truth, max_shift=3, subpixel=4))
 # ```
 #
 # The criterion looks at blur, which is the same in all of our frames: expect no more than half the frames can give.

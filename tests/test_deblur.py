@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 from skimage import data
 
 from blindlib import (
@@ -80,6 +80,15 @@ def test_grey_palette_sixteen_bits_and_transparency(tmp_path):
         torch.testing.assert_close(read_image(tmp_path / name), ref, atol=1e-3, rtol=0)
     clear = Image.fromarray(np.zeros((5, 5, 4), np.uint8))
     assert read_image(clear).min() == 1, "transparency is laid on white"
+
+
+def test_colours_are_read_by_the_profile_they_come_with(tmp_path):
+    x = np.full((4, 4, 3), (200, 90, 40), np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")  # red is green
+    for profile, expected in ((srgb, x), (b"broken", x), (other, x[..., [1, 0, 2]])):
+        Image.fromarray(x).save(tmp_path / "a.png", icc_profile=profile)
+        torch.testing.assert_close(read_image(tmp_path / "a.png"), read_image(expected), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -293,16 +302,31 @@ def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(bounda
 
 @pytest.mark.parametrize("change", [dict(samples=0), dict(starts=0), dict(max_size=0), dict(max_size=-1)])
 def test_numbers_that_are_too_small(change):
-    with pytest.raises(ValueError, match=f"{next(iter(change))}.*: expected "):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: expected at least 1"):
         deblur(np.zeros((64, 64, 3)), progress=False, **change)
 
 
-def test_a_large_photo_is_scaled_down_and_says_so(capsys):
-    k = torch.zeros(1, 1, 3, 3)
-    k[..., 1, 1] = 1
-    out = deblur(dead_leaves(1, (60, 120), seed=1), kernel=k, max_size=80)
+def test_a_large_photo_is_scaled_down_and_says_so(capsys, monkeypatch):
+    """Unless its kernel is known, which is that of the photograph as it is."""
+    photo, k = dead_leaves(1, (60, 120), seed=1), no_blur(1, 3)
+    found = no_blur(1, 32), torch.ones(1)
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "find_kernels", lambda *_, **__: found)
+    out = deblur(photo, max_size=80)
     assert out.image.shape == (1, 3, 40, 80) and out.figures["scale"] == pytest.approx(2 / 3)
     assert "scaling down from 120x60 to 80x40" in capsys.readouterr().out
+    out = deblur(photo, kernel=k, max_size=80)
+    assert out.image.shape == photo.shape and out.figures["scale"] == 1
+
+
+@pytest.mark.parametrize("kernel", [torch.zeros(1, 1, 3, 3), -no_blur(1, 3), 5 * no_blur(1, 3), no_blur(1, 3)[0], "k"])
+def test_a_kernel_that_is_none(kernel):
+    with pytest.raises(ValueError, match="kernel: expected"):
+        deblur(np.zeros((64, 64, 3)), kernel=kernel, progress=False)
+
+
+def test_priors_that_are_missing():
+    with pytest.raises(ValueError, match="priors: none for kernel"):
+        deblur(np.zeros((64, 64, 3)), priors={"image": load_prior("image")}, progress=False)
 
 
 def test_restoring_what_is_sharp_does_no_harm(blurred):
@@ -337,6 +361,12 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path, out, capsys):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
     assert main(["deblur", str(tmp_path / "in.png"), "--out", str(tmp_path / out)]) == 2
     assert "path: " in capsys.readouterr().err
+
+
+def test_kernel_and_photograph_go_to_two_files(tmp_path, capsys):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
+    assert main(["deblur", str(tmp_path / "in.png"), *["--out", "a.png", "--kernel-out", "./a.png"]]) == 2
+    assert "kernel-out: a.png is where the photograph goes" in capsys.readouterr().err
 
 
 def test_a_missing_photo_is_one_line(tmp_path, capsys):
@@ -427,7 +457,7 @@ def test_what_cannot_be_restored_is_told_and_the_rest_is_done(album, capsys):
     [
         (["album", "--out", "album"], "out: '.*' is the folder of the photographs itself"),
         (["album", "--out", "album/a.png"], "out: expected a folder, as '.*album' is one, got the file"),
-        (["album", "--out", "no/where"], "no/where'"),
+        (["album", "--out", "no/where"], "out: there is no folder '.*no'"),
         (["album", "--out", "out", "--kernel-out", "k.png"], "kernel-out: is of one photograph"),
         (["album", "--out", "out", "--jobs", "0"], "jobs: expected a number of processes"),
         (["album/sub/d.png", "--out", "d.png", "--jobs", "2"], "jobs, cluster: expected a folder of photographs, got"),

@@ -328,6 +328,8 @@ def test_a_threshold_never_leaves_no_blur():
         (dict(x_samples=torch.zeros(1, 3, 8, 9)), "x_samples: expected shape"),
         (dict(kernel0=torch.zeros(1, 1, 20, 20)), "kernel0: .* larger than the image"),
         (dict(kernel0=torch.zeros(3, 3)), "kernel0: expected shape"),
+        (dict(y=torch.full((1, 3, 8, 8), math.nan)), "y: has values that are NaN"),
+        (dict(kernel0=torch.full((1, 1, 3, 3), math.inf)), "kernel0: has values that are NaN or infinite"),
         (dict(noise_std=0.0), "noise_std: expected a positive number"),
         (dict(iterations=0), "iterations: expected a positive number"),
     ],
