@@ -206,7 +206,9 @@ class _ExactPrior:
     ) -> None:
         if latent is not None and shape[0] != _channels(latent):
             raise ValueError(f"latent: a prior of the {latent} has {CHANNELS[latent]} channels, got {shape[0]}")
-        self.shape, self.latent, self.device = shape, latent, torch.device(device)
+        self.shape, self.latent = shape, latent
+        # As tensors on it report it, "cuda:0" for "cuda": the two are not equal.
+        self.device = torch.empty(0, device=device).device
         self.schedule = schedule or NoiseSchedule.linear()
         self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent] if latent else lambda x0: x0
 

@@ -209,6 +209,14 @@ def test_exact_priors_of_image_and_kernel_run_in_parallel(g):
     torch.testing.assert_close(run.image, scenes[2:3], atol=0.02, rtol=0)
 
 
+def test_a_priors_device_is_that_of_its_tensors():
+    """By whatever name it was given: a GPU's "cuda" is "cuda:0" of a tensor, and this is the CPU's like of it."""
+    prior = UniformPrior("kernel", 9, device="cpu:0")
+    assert prior.device == torch.zeros(1, device="cpu:0").device
+    y = torch.zeros(1, 3, 16, 16)
+    assert sample(y, Blur(), {"kernel": prior, "image": UniformPrior("image")}, steps=2).kernel.shape == (1, 1, 9, 9)
+
+
 # ---------------------------------------------------------------------------------- published and foreign files
 
 
