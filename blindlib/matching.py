@@ -918,7 +918,8 @@ class _Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         team.wait()  # the first may be writing still, at the end of the run before
         if self.path.is_file():
-            state = torch.load(self.path, map_location=team.device, weights_only=True)
+            # Records stay on the CPU, where they were made; the parts move their own to where they are.
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             wrong = [key for key in about if state["about"].get(key) != about[key]]
             if wrong:
                 raise ValueError(

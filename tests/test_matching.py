@@ -29,10 +29,12 @@ from blindlib import (
 )
 from blindlib.__main__ import main
 from blindlib.deblur import read_image, write_image
+from blindlib.jobs import Team
 from blindlib.matching import (
     Learned,
     _OnePSF,
     _positions,
+    _Run,
     between,
     flow_loss,
     off_centre,
@@ -519,6 +521,29 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
     assert math.isclose(run(tmp_path / "b").kernel.sub(whole.kernel).abs().max(), 0, abs_tol=1e-6)
     with pytest.raises(ValueError, match=r"folder: .*operator.pt is of another run, whose seed differed"):
         tiny(clean, degraded, flow=again.flow, folder=tmp_path / "b", seed=1)
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_a_run_that_goes_on_elsewhere_keeps_its_records_on_the_cpu(tmp_path, monkeypatch):
+    """And the state of its parts where their parameters are; "meta" stands in for a GPU."""
+    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+
+    def run(device):
+        net, team = torch.nn.Linear(2, 2, device=device), Team("cpu")
+        team.device = torch.device(device)
+        optimizer = torch.optim.Adam(net.parameters())
+        return net, optimizer, _Run(tmp_path, "run", {}, dict(net=net, optimizer=optimizer), team)
+
+    net, optimizer, first = run("cpu")
+    for _ in first.steps(1, "", False):
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        first.keep(kernel=FLAT)
+    net, optimizer, again = run("meta")
+    for _ in again.steps(2, "", False):
+        again.keep(kernel=FLAT)
+    torch.testing.assert_close(again.stacked()["kernel"], torch.stack([FLAT, FLAT]))
+    assert all(optimizer.state[p]["exp_avg"].device == p.device for p in net.parameters())
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
