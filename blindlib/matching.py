@@ -935,7 +935,7 @@ class _Run:
         shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
         self.bar = bar(range(self.done, steps), title, shown, initial=self.done, total=steps)
         for step in self.bar:
-            began = time.monotonic()
+            began, self.step = time.monotonic(), step
             yield step
             self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
             if saves and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
@@ -953,7 +953,7 @@ class _Run:
             self.sums[key] = [total + float(value), n + 1]
             if not math.isfinite(self.sums[key][0]):
                 raise ArithmeticError(
-                    f"{self.name}: diverged at step {self.bar.n + 1}, where the {key} is no number; take smaller "
+                    f"{self.name}: diverged at step {self.step + 1}, where the {key} is no number; take smaller "
                     "learning rates"
                 )
 

@@ -613,7 +613,7 @@ def test_a_flow_that_does_not_fit(sets):
 
 
 def test_a_run_that_diverges_says_so_and_leaves_no_state(sets, tmp_path):
-    with pytest.raises(ArithmeticError, match=r"flow: diverged at step \d+, .* take smaller learning rates"):
+    with pytest.raises(ArithmeticError, match="flow: diverged at step 2, .* take smaller learning rates"):
         fit_flow(sets[1], patch=8, steps=9, batch=4, net=TINY, learning_rate=1e30, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
