@@ -123,7 +123,7 @@ class DeepLinear(nn.Module):
         _check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         widths = [1, *[channels] * (len(sizes) - 1), 1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not torch's: that sets the GPUs' too, for good
             self.layers = nn.ModuleList(
                 nn.Conv2d(i, o, size, bias=False) for i, o, size in zip(widths, widths[1:], sizes, strict=False)
             )
@@ -972,7 +972,7 @@ class _Run:
 
 def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = UNet(channels + 2 * positions, channels, **settings).to(memory_format=torch.channels_last)
     if patch % net.stride:
         raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")

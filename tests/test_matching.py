@@ -480,7 +480,7 @@ def test_it_learns_below_the_resolution_and_the_noise_too(sets):
     assert 0 < found.noise_std < 0.02, "of measurements without noise, from a start at 0.02"
 
 
-def test_the_seed_decides(sets):
+def test_the_seed_decides(sets, monkeypatch):
     clean, degraded, _ = sets
     flows = [fit_flow(degraded, patch=8, steps=4, batch=4, net=TINY, seed=s) for s in (0, 0, 1)]
     weights = [torch.cat([p.flatten() for p in f.parameters()]) for f in flows]
@@ -489,6 +489,11 @@ def test_the_seed_decides(sets):
     kernels = [tiny(clean, degraded, flow=flows[0], seed=s).kernel for s in (0, 0, 1)]
     assert torch.equal(kernels[0], kernels[1]) and not torch.equal(kernels[0], kernels[2])
     assert torch.equal(torch.random.get_rng_state(), state), "the global random state was touched"
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
+    DeepLinear((3, 3))
+    assert not seeded, "that of GPUs was touched"
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypatch):
