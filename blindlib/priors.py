@@ -185,7 +185,15 @@ class DiffusionPrior:
         return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise, low + share * (high - low))
 
     def save(self, path: str | Path, note: str = "") -> None:
-        """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it."""
+        """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it.
+
+        Raises
+        ------
+        ValueError
+            If its schedule is not the linear one, which is what the file will be read with.
+        """
+        if not torch.equal(self.schedule.betas, NoiseSchedule.linear().betas):
+            raise ValueError("schedule: a file holds none; expected the linear one, NoiseSchedule.linear()")
         about = dict(latent=self.latent, prediction=self.prediction, size=self.shape[1], scale=self.scale)
         about |= dict(net=self.net.config, note=note)
         write_checkpoint(path, about, {key: value.detach().half() for key, value in self.net.state_dict().items()})

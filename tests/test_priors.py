@@ -15,6 +15,7 @@ from blindlib import (
     EmpiricalPrior,
     GaussianMixturePrior,
     GaussianPrior,
+    NoiseSchedule,
     PiGDM,
     UNet,
     UniformPrior,
@@ -107,6 +108,8 @@ def test_save_and_load(tmp_path):
     assert (again.latent, again.prediction, again.shape) == ("kernel", "v", (1, 16, 16))
     assert again.net.config == net.config
     assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(ValueError, match="schedule: a file holds none; expected the linear one"):
+        DiffusionPrior(net, "kernel", schedule=NoiseSchedule.cosine()).save(tmp_path / "cosine.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ exact priors
