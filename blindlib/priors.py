@@ -178,7 +178,7 @@ class DiffusionPrior:
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: Tensor | None = None) -> Tensor:
         """The ancestral step (DDPM algorithm 2), with the learned variance where ``extra`` holds one."""
-        if extra is None:
+        if extra is None or t_prev < 0:  # the last step has no noise, and so no variance
             return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise)
         low, high = self.schedule.log_variance_range(t, t_prev)
         share = (extra + 1) / 2

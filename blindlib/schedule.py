@@ -128,11 +128,10 @@ class NoiseSchedule:
     def log_variance_range(self, t: int, t_prev: int) -> tuple[float, float]:
         """Bounds between which a learned variance interpolates: log posterior variance and log beta (arXiv 2102.09672).
 
-        The posterior variance of the last step is zero; the one of the step before stands in for it.
+        For ``t_prev >= 0``: the last step is without noise, and its posterior variance zero.
         """
         beta = 1 - self.alpha_bar(t) / self.alpha_bar(t_prev)
-        low = self.posterior_variance(t, t_prev) if t_prev >= 0 else self.posterior_variance(t + 1, t)
-        return math.log(low), math.log(beta)
+        return math.log(self.posterior_variance(t, t_prev)), math.log(beta)
 
     def ancestral_step(
         self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, log_variance: Tensor | None = None

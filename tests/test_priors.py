@@ -233,6 +233,8 @@ def test_published_checkpoints_are_told_apart(tmp_path, channels, latent, wrappe
     x = torch.zeros(1, channels, 16, 16)
     mean, variance = prior.estimate(x, 10)
     assert mean.shape == variance.shape == x.shape
+    for t in (999, 0):  # the last step: of a run of one step, and of any other
+        torch.testing.assert_close(prior.step(x, mean, t, -1, torch.ones_like(x), variance), mean)
 
 
 def test_missing_file_says_where_to_get_it():
