@@ -543,8 +543,21 @@ def shipped_priors() -> list[str]:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``device``; for ``"auto"`` a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """``device``; for ``"auto"`` a GPU where there is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or the like, got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise ValueError(f"device: {device!r} is not there; torch finds {gpus} CUDA GPUs, take 'auto' or 'cpu'")
+    return found
 
 
 def write_checkpoint(path: str | Path, about: dict, state: dict[str, Tensor]) -> None:

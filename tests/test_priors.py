@@ -27,7 +27,7 @@ from blindlib import (
     sample,
     text_images,
 )
-from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical
+from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical, pick_device
 
 SHIPPED = {"image": ("image", 3), "kernel": ("kernel", 1), "text": ("image", 3), "tilt": ("tilt", 2)}
 
@@ -218,6 +218,15 @@ def test_a_priors_device_is_that_of_its_tensors():
     assert prior.device == torch.zeros(1, device="cpu:0").device
     y = torch.zeros(1, 3, 16, 16)
     assert sample(y, Blur(), {"kernel": prior, "image": UniformPrior("image")}, steps=2).kernel.shape == (1, 1, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [("gpu", "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"), ("cuda:99", "'cuda:99' is not there")],
+)
+def test_a_device_that_is_not_there(device, message):
+    with pytest.raises(ValueError, match=message):
+        pick_device(device)
 
 
 # ---------------------------------------------------------------------------------- published and foreign files
