@@ -307,15 +307,20 @@ class Turbulence:
         ----------
         y : Tensor (B, [M,] C, h, w)
         image, kernel, tilt : Tensor
-            As of :meth:`__call__`.
+            As of :meth:`__call__`. One tilt for several images is a start from which each image's goes its own way.
         weight : float or Tensor (B, [M,] 1, 1, 1)
             Positive, for tilts in pixels.
         smoothness : float
             Standard deviation of that filter, in pixels.
         iterations : int
             Of conjugate gradients.
+
+        Returns
+        -------
+        Tensor, shape (B, [M,] 2, H, W)
         """
         rest = y - self(image, kernel, tilt)
+        tilt = tilt.expand(len(y), *tilt.shape[1:])
         image, kernel, flat = self._spread(image, kernel, tilt)
         slopes = []
         for along in ((0.5, 0.0), (0.0, 0.5)):

@@ -310,6 +310,17 @@ def test_turbulence_solves_for_a_small_tilt(frames):
     torch.testing.assert_close(operator.solve_tilt(y, 0 * image, kernel, 0 * true, 1e-3), 0 * true)
 
 
+@pytest.mark.parametrize("frames", [None, 2])
+def test_one_tilt_to_start_from_for_several_images(frames, g):
+    image, kernel = torch.rand(3, 1, 8, 8, generator=g), torch.ones(1, 1, 1, 1)
+    tilt = 0.5 * torch.randn(1, *([] if frames is None else [frames]), 2, 8, 8, generator=g)
+    operator = Turbulence(frames=frames)
+    y = torch.rand(operator(image, kernel, tilt).shape, generator=g)
+    together = operator.solve_tilt(y, image, kernel, tilt, 0.1)
+    apart = [operator.solve_tilt(y[i : i + 1], image[i : i + 1], kernel, tilt, 0.1) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
