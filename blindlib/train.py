@@ -179,11 +179,7 @@ class Stream:
     def batch(self, step: int) -> Tensor:
         """The training examples of ``step``, (batch, C, size, size)."""
         first = step // self.renew
-        for b in range(first, first + self.blocks):
-            if b not in self.pool:
-                # Half precision would round kernels' zeros; bytes would band the gradients of scenes.
-                self.pool[b] = self.recipe.data(seed=1_000_003 * self.seed + b, device=self.device)
-        self.pool.pop(first - 1, None)
+        self.pool = {b: self._block(b) for b in range(first, first + self.blocks)}
 
         g = torch.Generator().manual_seed(self.seed_of(step))
         blocks, size = list(self.pool.values()), self.recipe.size
@@ -197,6 +193,12 @@ class Stream:
                 x = x.flip(2) if _pick(range(2), g) else x
             examples.append(x)
         return torch.stack(examples)
+
+    def _block(self, b: int) -> Tensor:
+        if b in self.pool:
+            return self.pool[b]
+        # Half precision would round kernels' zeros; bytes would band the gradients of scenes.
+        return self.recipe.data(seed=1_000_003 * self.seed + b, device=self.device)
 
     def seed_of(self, step: int) -> int:
         """An even seed of its own for each step."""

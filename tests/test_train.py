@@ -129,6 +129,7 @@ def test_the_stream_can_be_entered_anywhere():
     assert torch.equal(b.batch(10), batches[10])
     assert not torch.equal(batches[9], batches[10])
     assert len(a.pool) == 3
+    assert all(torch.equal(b.batch(step), batches[step]) for step in (0, 9, 3)), "it was entered before, elsewhere"
     other = Stream(TINY, 4, torch.device("cpu"), blocks=3, renew=4)
     assert not torch.equal(other.batch(10), batches[10])
 
