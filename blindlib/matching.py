@@ -538,13 +538,23 @@ def retrieved_kernel(
     which no power spectrum shows. Phase retrieval is Fienup's hybrid input-output algorithm (Applied Optics 1982), as
     Goldstein & Fattal (ECCV 2012) use it for blur, from many random starts. Of the kernels that come nearest to the
     magnitude, and these turned, the one counts that undoes the blur to the sparsest edges: a wrong phase leaves echoes.
-    Parameters and errors as of :func:`spectrum_kernel`.
+
+    Parameters
+    ----------
+    clean, degraded, noise_std, kernel_size
+        As of :func:`spectrum_kernel`, and so are the errors.
+    starts : int
+        At least 2: the better half of them is compared.
+    seed : int
+        Of the random phases.
 
     Returns
     -------
     Tensor, shape (1, 1, K, K)
         Non-negative, of sum one, its centre of mass nearest to pixel ``K // 2``.
     """
+    if starts < 2:
+        raise ValueError(f"starts: expected at least 2, the better half of which counts, got {starts}")
     magnitude = _magnitude(clean, degraded, noise_std, kernel_size)
     side, k, iterations = len(magnitude), kernel_size, 300
     x = torch.zeros(starts, side, side)

@@ -188,6 +188,8 @@ def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
     assert mnc(found, k) > max(0.85, float(mnc(found, other)) + 0.05)
     turned = retrieved_kernel(clean, degraded.flip(-2, -1), noise_std=0.02, kernel_size=7)
     assert mnc(turned, other) > max(0.8, float(mnc(turned, k)) + 0.05)
+    with pytest.raises(ValueError, match="starts: expected at least 2"):
+        retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7, starts=1)
 
 
 # ------------------------------------------------------------------------------------------------------ moments
