@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blindlib.files import whole
+
 if TYPE_CHECKING:
     from ipywidgets import Widget
     from matplotlib.axes import Axes
@@ -167,9 +169,8 @@ def figures_folder() -> Path:
 def save_figure(figure: Figure, name: str) -> Path:
     """Write a figure into :func:`figures_folder` at a size for the web, whole or not at all; returns its path."""
     target = figures_folder() / name
-    part = target.with_name(target.name + ".part")
-    figure.savefig(part, dpi=110, format=target.suffix[1:])
-    part.replace(target)
+    with whole(target) as part:
+        figure.savefig(part, dpi=110, format=target.suffix[1:])
     return target
 
 
@@ -179,9 +180,8 @@ def record(notebook: str, **figures: object) -> Path:
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     target = figures_folder() / f"{notebook}.json"
-    part = target.with_name(target.name + ".part")
-    part.write_text(json.dumps({**about, **figures}, indent=1, default=float) + "\n")
-    part.replace(target)
+    with whole(target) as part:
+        part.write_text(json.dumps({**about, **figures}, indent=1, default=float) + "\n")
     return target
 
 

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.baselines import differences
+from blindlib.files import save_whole
 from blindlib.jobs import Team
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, warp
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
 from blindlib.sampler import bar
 from blindlib.simulate import gaussian_kernels
-from blindlib.train import moving_average, save_whole
+from blindlib.train import moving_average
 from blindlib.unet import UNet
 
 Operator = Blur | Downsample | SpaceVaryingBlur

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from blindlib.files import whole
 from blindlib.schedule import NoiseSchedule
 from blindlib.unet import UNet
 
@@ -562,11 +563,9 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 def write_checkpoint(path: str | Path, about: dict, state: dict[str, Tensor]) -> None:
     """Write tensors and metadata as safetensors, whole or not at all; :func:`read_checkpoint` reads them."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     state = {key: value.cpu().contiguous() for key, value in state.items()}
-    part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
-    part.replace(path)
+    with whole(path) as part:
+        part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blindlib import display, simulate
 from blindlib.em import KernelDenoiser
+from blindlib.files import save_whole
 from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
 from blindlib.unet import UNet
 
@@ -342,13 +343,6 @@ def _signals_noted() -> Iterator[list]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def save_whole(state: dict, path: Path) -> None:
-    """``torch.save``, whole or not at all."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
 
 
 @torch.no_grad()
