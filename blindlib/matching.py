@@ -32,8 +32,7 @@ from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, w
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
 from blindlib.sampler import bar
 from blindlib.simulate import gaussian_kernels
-from blindlib.train import moving_average
-from blindlib.unet import UNet
+from blindlib.unet import UNet, moving_average
 
 Operator = Blur | Downsample | SpaceVaryingBlur
 Velocity = Callable[[Tensor, Tensor], Tensor]

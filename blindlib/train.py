@@ -23,7 +23,7 @@ from blindlib import display, simulate
 from blindlib.em import KernelDenoiser
 from blindlib.files import save_whole
 from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
-from blindlib.unet import UNet
+from blindlib.unet import UNet, moving_average
 
 
 @dataclass(frozen=True)
@@ -343,12 +343,6 @@ def _signals_noted() -> Iterator[list]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-@torch.no_grad()
-def moving_average(mean: list[Tensor], new: list[Tensor], updates: Tensor | int) -> None:
-    """Exponential moving average of the weights, over all steps at first and over the last 2000 or so later on."""
-    torch._foreach_lerp_(mean, new, 1 - min(0.9995, (1 + int(updates)) / (10 + int(updates))))
 
 
 class Validation:

@@ -174,6 +174,13 @@ def test_several_processes_train_together(tmp_path, two_processes):
     assert "resuming at step 8" in two_processes(script) and _step(tmp_path / "run") == 9
 
 
+def test_the_command_is_loaded_once():
+    """Run as a program, it would be another module than one that the package has imported, and Python warns of that."""
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "blindlib.train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "kernel-denoiser" in done.stdout, done.stderr
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="name: expected one of"):
         train.train("sound", tmp_path, steps=1)
