@@ -54,7 +54,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     def timesteps(self, steps: int, spacing: str = "half-log", *, first: int | None = None) -> list[int]:
-        """``steps`` times from high noise to low, the last of them 0.
+        """``steps`` times from high noise to low, the last of them 0; a single one is the highest, or 0 if "leading".
 
         Parameters
         ----------
@@ -63,10 +63,10 @@ class NoiseSchedule:
         spacing : {"half-log", "linspace", "leading"}
             ``"half-log"``: both ends, halfway between even in time and even in log sigma, as far as whole numbers
             allow. Even times leave few steps for the last octaves of noise, where details and a kernel's bright spots
-            settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every (T // steps)-th from 0
-            (DDIM, arXiv 2010.02502).
+            settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every ((first + 1) // steps)-th
+            from 0 (DDIM, arXiv 2010.02502).
         first : int, optional
-            The highest time, default T - 1: for a run that starts below.
+            The highest time, default T - 1: for a run that starts below. ``"leading"`` may not reach it.
 
         Raises
         ------
