@@ -55,7 +55,17 @@ def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | No
 
 
 def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Figure:
-    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows."""
+    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows.
+
+    Parameters
+    ----------
+    history : mapping
+        As of :class:`~blindlib.sampler.Result`: ``t`` (n,), and (n, B, [M,] C, H, W) of each latent.
+    names : sequence of str
+        The latents to show.
+    item : int
+        Of the batch.
+    """
     import matplotlib.pyplot as plt
 
     times = history["t"].tolist()
@@ -103,7 +113,17 @@ def png(x: Tensor, width: int = 256) -> bytes:
 
 
 def scrubber(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Widget:
-    """A slider that runs through the frames of a finished run; needs ipywidgets."""
+    """A slider that runs through the frames of a finished run; needs ipywidgets.
+
+    Parameters
+    ----------
+    history : mapping
+        As of :func:`film`, with ``residual`` (n, B) too.
+    names : sequence of str
+        The latents to show, images or kernels.
+    item : int
+        Of the batch.
+    """
     import ipywidgets as w
 
     frames = [[png(history[name][i, item], 220) for name in names] for i in range(len(history["t"]))]

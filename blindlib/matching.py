@@ -136,7 +136,21 @@ class DeepLinear(nn.Module):
         return h
 
     def fit(self, kernel: Tensor, *, steps: int = 300, learning_rate: float = 3e-3) -> None:
-        """Make the layers give ``kernel`` (1, 1, K, K), by least squares with Adam."""
+        """Make the layers give ``kernel``, by least squares with Adam.
+
+        Parameters
+        ----------
+        kernel : Tensor, shape (1, 1, K, K)
+            Of the size that the layers make, ``1 + sum(size - 1)``.
+        steps : int
+        learning_rate : float
+            It rises over the first tenth of the steps and falls to zero over the last third.
+
+        Raises
+        ------
+        ValueError
+            If the kernel is not of that shape.
+        """
         if kernel.shape != self().shape:
             raise ValueError(f"kernel: expected shape {tuple(self().shape)}, got {tuple(kernel.shape)}")
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
@@ -198,7 +212,10 @@ class Learned:
     seconds: float
 
     def save(self, path: str | Path, note: str = "") -> None:
-        """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it."""
+        """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it, if it is a blur.
+
+        It does not read a :class:`~blindlib.operators.Downsample`, which ``deblur`` could not undo.
+        """
         write_checkpoint(path, dict(operator=repr(self.operator), note=note), {"kernel": self.kernel})
 
 
@@ -509,7 +526,7 @@ def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
         No side shorter than ``2 kernel_size - 1``, the extent of the kernel's autocorrelation.
     noise_std : float
-        Of the degraded images.
+        Of the degraded images, on the [-1, 1] scale.
     kernel_size : int
         Side of its window.
 
@@ -592,7 +609,7 @@ class Moments:
     Attributes
     ----------
     noise_std : Tensor, shape ()
-        Of the degraded images; where none was given, what :meth:`fit` found.
+        Of the degraded images, on the [-1, 1] scale; where none was given, what :meth:`fit` found.
     """
 
     shares = (0.1, 0.03)
@@ -709,7 +726,16 @@ class FieldMoments:
     Attributes
     ----------
     noise_std : Tensor, shape ()
-        Of the degraded images; where none was given, the median of what :meth:`fit` found in the cells.
+        Of the degraded images, on the [-1, 1] scale; where none was given, the median of what :meth:`fit` found in the
+        cells.
+
+    Raises
+    ------
+    TypeError
+        If images are no floating-point tensors.
+    ValueError
+        If shapes or values do not fit, a side is shorter than ``3 kernel_size - 2`` (clean) or ``2 kernel_size - 1``
+        (degraded), or the grid has no cell.
     """
 
     def __init__(

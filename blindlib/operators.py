@@ -91,6 +91,10 @@ class Blur:
             Positive.
         iterations : int
             Of conjugate gradients.
+
+        Returns
+        -------
+        Tensor (B, C, H, W)
         """
         if self.boundary == "circular":
             h = otf(kernel, tuple(y.shape[-2:]))
@@ -181,7 +185,10 @@ class SpaceVaryingBlur:
         part: tuple[int, int, int, int] | None = None,
         iterations: int = 12,
     ) -> Tensor:
-        """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
+        """The proximal map of the data term by conjugate gradients, (B, C, H, W); see :meth:`Blur.solve`.
+
+        ``psfs``, ``part`` and the errors are as of :meth:`__call__`.
+        """
         return _proximal(lambda x: self(x, psfs, part=part), y, image, weight, iterations)
 
 
@@ -281,7 +288,10 @@ class Turbulence:
         *,
         iterations: int = 12,
     ) -> Tensor:
-        """The proximal map of the data term in the image, by conjugate gradients; see :meth:`Blur.solve`."""
+        """The proximal map of the data term in the image, by conjugate gradients, (B, C, H, W); see :meth:`Blur.solve`.
+
+        ``y`` is (B, [M,] C, h, w); ``kernel``, ``tilt`` and the errors are as of :meth:`__call__`.
+        """
         return _proximal(lambda x: self(x, kernel, tilt), y, image, weight, iterations)
 
     def solve_tilt(

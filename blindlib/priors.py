@@ -201,7 +201,7 @@ class DiffusionPrior:
 
 
 class _ExactPrior:
-    """What priors without a network share; each has its own ``denoise``."""
+    """What priors without a network share; each has its own ``denoise``. Latents are (B, C, H, W)."""
 
     stride = 1
     scale = 1.0
@@ -222,15 +222,19 @@ class _ExactPrior:
         self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent] if latent else lambda x0: x0
 
     def start(self, noise: Tensor) -> Tensor:
+        """At the last timestep a diffused signal is standard normal noise, (B, C, H, W)."""
         return noise
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t] of ``x_t`` (B, C, H, W), of that shape."""
         raise NotImplementedError
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, None]:
+        """The posterior mean (B, C, H, W); a learned variance there is none."""
         return self.denoise(x_t, t), None
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
+        """The ancestral step (DDPM algorithm 2); all tensors (B, C, H, W)."""
         return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise)
 
 
@@ -420,6 +424,13 @@ class UniformPrior(_ExactPrior):
         Height and width of the latent; default: as the operator needs.
     scale : float
         Of a tilt, as of :class:`DiffusionPrior`.
+    device : str or torch.device
+        Of the measurement that it is used with.
+
+    Raises
+    ------
+    ValueError
+        If the latent is unknown, or the scale does not fit it.
     """
 
     def __init__(
@@ -429,6 +440,7 @@ class UniformPrior(_ExactPrior):
         self.scale, self.physical = scale, _physical(latent, scale)
 
     def start(self, noise: Tensor) -> Tensor:
+        """A flat kernel or mid grey with a little noise, (B, C, H, W)."""
         return 0.1 * noise
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
@@ -436,13 +448,14 @@ class UniformPrior(_ExactPrior):
         return x_t.clamp(-1, 1)
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
+        """No diffusion: ``x0`` (B, C, H, W) itself, clipped to [-1, 1]."""
         return x0.clamp(-1, 1)
 
 
 class Frames:
     """A prior of ``frames`` independent latents of one kind, such as the tilts of as many frames.
 
-    Its latents are (B, frames, C, H, W).
+    Its latents are (B, frames, C, H, W), and so is all that its methods take and give.
 
     Parameters
     ----------
@@ -470,20 +483,25 @@ class Frames:
         return self.prior.device
 
     def start(self, noise: Tensor) -> Tensor:
+        """The latents before the first step, made of standard normal ``noise``."""
         return self._each(self.prior.start(noise.flatten(0, 1)))
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """Posterior mean of each frame's latent."""
         return self._each(self.prior.denoise(x_t.flatten(0, 1), t))
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        """The posterior mean, and what :meth:`step` wants of the same evaluation, (B frames, ...) or None."""
         x0, extra = self.prior.estimate(x_t.flatten(0, 1), t)
         return self._each(x0), extra
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: Tensor | None = None) -> Tensor:
+        """One reverse step of each; ``extra`` as :meth:`estimate` gave it."""
         x_t, x0, noise = (value.flatten(0, 1) for value in (x_t, x0, noise))
         return self._each(self.prior.step(x_t, x0, t, t_prev, noise, extra))
 
     def physical(self, x0: Tensor) -> Tensor:
+        """The physical latents, less their mean over the frames if they are to be centred."""
         physical = self._each(self.prior.physical(x0.flatten(0, 1)))
         return physical - physical.mean(1, keepdim=True) if self.centred else physical
 
@@ -569,7 +587,13 @@ def write_checkpoint(path: str | Path, about: dict, state: dict[str, Tensor]) ->
 
 
 def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
-    """Metadata (if blindlib wrote the file) and state dict of a checkpoint, without running anything in it."""
+    """Metadata (if blindlib wrote the file) and state dict of a checkpoint, without running anything in it.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or truncated, or holds anything but tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as f:
