@@ -48,7 +48,7 @@ def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | No
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, x) in zip(axes.flat, named.items(), strict=False):
-        axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        draw(axis, x)
         if isinstance(title, str):
             axis.set_title(title, fontsize=9)
     return figure
@@ -74,15 +74,20 @@ def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel
     )
     for row, name in zip(axes, names, strict=True):
         for axis, t, x in zip(row, times, history[name][:, item], strict=True):
-            x = x[0] if x.ndim == 4 else x  # of several tilts, the first
-            if len(x) == 2:
-                arrows(axis, x)
-            else:
-                axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.axis("off")
+            draw(axis, x)
             if name == names[0]:
                 axis.set_title(f"t = {t}", fontsize=8)
     return figure
+
+
+def draw(axis: Axes, x: Tensor) -> None:
+    """One image, kernel or tilt (C, H, W), or the first of several (M, C, H, W), without an axis about it."""
+    x = x[0] if x.ndim == 4 else x
+    if len(x) == 2:
+        arrows(axis, x)
+    else:
+        axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.axis("off")
 
 
 def arrows(axis: Axes, tilt: Tensor, *, every: int | None = None) -> None:

@@ -28,6 +28,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 KERNEL_DENOISER = WEIGHTS / "kernel-denoiser.safetensors"
 
 CHANNELS = {"image": 3, "kernel": 1, "tilt": 2}
+LATENTS = {channels: latent for latent, channels in CHANNELS.items()}
 
 # Side of the window of the published kernel prior, which its checkpoint does not tell.
 PUBLISHED_KERNEL = 64
@@ -541,10 +542,9 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     try:
         if about is None:
             net = UNet.from_state_dict(state)
-            kinds = {channels: latent for latent, channels in CHANNELS.items()}
-            if net.in_channels not in kinds:
+            if net.in_channels not in LATENTS:
                 raise ValueError(f"a net of {net.in_channels} input channels is no prior of image, kernel or tilt")
-            latent = kinds[net.in_channels]
+            latent = LATENTS[net.in_channels]
             prior = DiffusionPrior(net, latent, size=PUBLISHED_KERNEL if latent == "kernel" else None)
         else:
             net = UNet(**about["net"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from blindlib import display, simulate
 from blindlib.em import KernelDenoiser
 from blindlib.files import save_whole
-from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
+from blindlib.priors import LATENTS, DiffusionPrior, kernel_to_latent, load_prior
 from blindlib.unet import UNet, moving_average
 
 
@@ -67,9 +67,8 @@ class Diffusion:
     """Times at which denoising is validated."""
 
     def __init__(self, net: UNet, recipe: Recipe) -> None:
-        latent = next(latent for latent, channels in CHANNELS.items() if channels == net.in_channels)
         size = None if recipe.any_size else recipe.size
-        self.prior = DiffusionPrior(net, latent, prediction="v", size=size, scale=recipe.scale)
+        self.prior = DiffusionPrior(net, LATENTS[net.in_channels], prediction="v", size=size, scale=recipe.scale)
         self.save, self.size = self.prior.save, recipe.size
 
     def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
@@ -86,8 +85,8 @@ class Diffusion:
         return self.prior.denoise(x_t, level)
 
     def pictures(self) -> Tensor:
-        """Sixteen samples in [0, 1]."""
-        return (draw_samples(self.prior, 16, self.size) + 1) / 2
+        """Sixteen samples, physical."""
+        return self.prior.physical(draw_samples(self.prior, 16, self.size))
 
 
 class Denoising:
@@ -112,11 +111,10 @@ class Denoising:
         return self.net(x0 + level * noise, level)
 
     def pictures(self) -> Tensor:
-        """Eight noisy kernels in [0, 1], and the same denoised."""
+        """Eight noisy kernels, and the same denoised."""
         x = self.recipe.data(seed=-1, device=next(self.net.parameters()).device)[:8, :, :32, :32]
         noisy = x + self.levels[1] * torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
-        both = torch.stack([noisy, self.net(noisy, self.levels[1])])
-        return (both / x.amax((1, 2, 3), keepdim=True)).clamp(0, 1).flatten(0, 1)
+        return torch.cat([noisy, self.net(noisy, self.levels[1])])
 
 
 LARGEST_TILT = 5.0  # pixels; see simulate.mixed_tilts
@@ -390,12 +388,8 @@ def report(task: Diffusion | Denoising, history: list[list[float]], folder: Path
     figure.savefig(folder / "loss.png", dpi=120)
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    for axis, x in zip(figure.subplots(2, 8).flat, task.pictures().cpu(), strict=True):
-        if len(x) == 2:
-            display.arrows(axis, 2 * task.prior.scale * (x - 0.5))
-        else:
-            axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
-        axis.axis("off")
+    for axis, x in zip(figure.subplots(2, 8).flat, task.pictures(), strict=True):
+        display.draw(axis, x)
     figure.savefig(folder / "samples.png", dpi=120)
 
 
