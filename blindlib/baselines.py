@@ -59,7 +59,8 @@ def l0_pyramid(
     Raises
     ------
     ValueError
-        If ``y`` is not of rank 4 or not finite, the kernel is larger than the image, or a number is not positive.
+        If ``y`` is not of rank 4 or not finite, the kernel is larger than the image, or a number is not positive (or,
+        of ``levels``, negative).
     """
     if y.ndim != 4 or not bool(torch.isfinite(y).all()):
         raise ValueError(f"y: expected finite values of shape (B, C, H, W), got shape {tuple(y.shape)}")
@@ -69,6 +70,8 @@ def l0_pyramid(
     for name, value in (("noise_std", noise_std), ("strength", strength), ("ridge", ridge), ("rounds", rounds)):
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+    if levels is not None and levels < 0:
+        raise ValueError(f"levels: expected at least 0, got {levels}")
 
     # In double precision: what lies at a threshold is to fall on the same side, alone or in a batch.
     y, given = y.double(), y

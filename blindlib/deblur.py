@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
+from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
@@ -534,14 +535,10 @@ def write_image(image: Tensor, path: str | os.PathLike) -> None:
     FileNotFoundError
         If its folder does not exist.
     """
-    path, kind = Path(path), check_output(path)
+    kind = check_output(path)
     x = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole(path) as part:
         Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(part, format=kind, quality=95)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_output(path: str | os.PathLike) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blindlib.files import whole
+
 if TYPE_CHECKING:
     from ipywidgets import Widget
     from matplotlib.axes import Axes
@@ -46,14 +48,24 @@ def show(pictures: Mapping[str, Tensor] | Sequence[Tensor], *, columns: int | No
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, x) in zip(axes.flat, named.items(), strict=False):
-        axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        draw(axis, x)
         if isinstance(title, str):
             axis.set_title(title, fontsize=9)
     return figure
 
 
 def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Figure:
-    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows."""
+    """The frames of a run side by side, one row for each latent; titles give the time t. A tilt is drawn as arrows.
+
+    Parameters
+    ----------
+    history : mapping
+        As of :class:`~blindlib.sampler.Result`: ``t`` (n,), and (n, B, [M,] C, H, W) of each latent.
+    names : sequence of str
+        The latents to show.
+    item : int
+        Of the batch.
+    """
     import matplotlib.pyplot as plt
 
     times = history["t"].tolist()
@@ -62,15 +74,20 @@ def film(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel
     )
     for row, name in zip(axes, names, strict=True):
         for axis, t, x in zip(row, times, history[name][:, item], strict=True):
-            x = x[0] if x.ndim == 4 else x  # of several tilts, the first
-            if len(x) == 2:
-                arrows(axis, x)
-            else:
-                axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.axis("off")
+            draw(axis, x)
             if name == names[0]:
                 axis.set_title(f"t = {t}", fontsize=8)
     return figure
+
+
+def draw(axis: Axes, x: Tensor) -> None:
+    """One image, kernel or tilt (C, H, W), or the first of several (M, C, H, W), without an axis about it."""
+    x = x[0] if x.ndim == 4 else x
+    if len(x) == 2:
+        arrows(axis, x)
+    else:
+        axis.imshow(picture(x), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.axis("off")
 
 
 def arrows(axis: Axes, tilt: Tensor, *, every: int | None = None) -> None:
@@ -101,7 +118,17 @@ def png(x: Tensor, width: int = 256) -> bytes:
 
 
 def scrubber(history: Mapping[str, Tensor], names: Sequence[str] = ("image", "kernel"), *, item: int = 0) -> Widget:
-    """A slider that runs through the frames of a finished run; needs ipywidgets."""
+    """A slider that runs through the frames of a finished run; needs ipywidgets.
+
+    Parameters
+    ----------
+    history : mapping
+        As of :func:`film`, with ``residual`` (n, B) too.
+    names : sequence of str
+        The latents to show, images or kernels.
+    item : int
+        Of the batch.
+    """
     import ipywidgets as w
 
     frames = [[png(history[name][i, item], 220) for name in names] for i in range(len(history["t"]))]
@@ -167,9 +194,8 @@ def figures_folder() -> Path:
 def save_figure(figure: Figure, name: str) -> Path:
     """Write a figure into :func:`figures_folder` at a size for the web, whole or not at all; returns its path."""
     target = figures_folder() / name
-    part = target.with_name(target.name + ".part")
-    figure.savefig(part, dpi=110, format=target.suffix[1:])
-    part.replace(target)
+    with whole(target) as part:
+        figure.savefig(part, dpi=110, format=target.suffix[1:])
     return target
 
 
@@ -179,9 +205,8 @@ def record(notebook: str, **figures: object) -> Path:
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     target = figures_folder() / f"{notebook}.json"
-    part = target.with_name(target.name + ".part")
-    part.write_text(json.dumps({**about, **figures}, indent=1, default=float) + "\n")
-    part.replace(target)
+    with whole(target) as part:
+        part.write_text(json.dumps({**about, **figures}, indent=1, default=float) + "\n")
     return target
 
 

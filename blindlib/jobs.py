@@ -106,8 +106,6 @@ class Team:
 
             self.accelerator = Accelerator(cpu=self.device.type == "cpu")
             self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-            if self.device.type == "cpu":
-                self.device = torch.device("cpu")  # accelerate says "cpu:0", which torch.load does not know
 
     def wait(self) -> None:
         """Until all have come here."""

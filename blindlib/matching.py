@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.baselines import differences
+from blindlib.files import save_whole
 from blindlib.jobs import Team
 from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, warp
 from blindlib.priors import pick_device, read_checkpoint, write_checkpoint
 from blindlib.sampler import bar
 from blindlib.simulate import gaussian_kernels
-from blindlib.train import moving_average, save_whole
-from blindlib.unet import UNet
+from blindlib.unet import UNet, moving_average
 
 Operator = Blur | Downsample | SpaceVaryingBlur
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -123,7 +123,7 @@ class DeepLinear(nn.Module):
         _check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         widths = [1, *[channels] * (len(sizes) - 1), 1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not torch's: that sets the GPUs' too, for good
             self.layers = nn.ModuleList(
                 nn.Conv2d(i, o, size, bias=False) for i, o, size in zip(widths, widths[1:], sizes, strict=False)
             )
@@ -136,7 +136,21 @@ class DeepLinear(nn.Module):
         return h
 
     def fit(self, kernel: Tensor, *, steps: int = 300, learning_rate: float = 3e-3) -> None:
-        """Make the layers give ``kernel`` (1, 1, K, K), by least squares with Adam."""
+        """Make the layers give ``kernel``, by least squares with Adam.
+
+        Parameters
+        ----------
+        kernel : Tensor, shape (1, 1, K, K)
+            Of the size that the layers make, ``1 + sum(size - 1)``.
+        steps : int
+        learning_rate : float
+            It rises over the first tenth of the steps and falls to zero over the last third.
+
+        Raises
+        ------
+        ValueError
+            If the kernel is not of that shape.
+        """
         if kernel.shape != self().shape:
             raise ValueError(f"kernel: expected shape {tuple(self().shape)}, got {tuple(kernel.shape)}")
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
@@ -198,7 +212,10 @@ class Learned:
     seconds: float
 
     def save(self, path: str | Path, note: str = "") -> None:
-        """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it."""
+        """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it, if it is a blur.
+
+        It does not read a :class:`~blindlib.operators.Downsample`, which ``deblur`` could not undo.
+        """
         write_checkpoint(path, dict(operator=repr(self.operator), note=note), {"kernel": self.kernel})
 
 
@@ -509,7 +526,7 @@ def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
         No side shorter than ``2 kernel_size - 1``, the extent of the kernel's autocorrelation.
     noise_std : float
-        Of the degraded images.
+        Of the degraded images, on the [-1, 1] scale.
     kernel_size : int
         Side of its window.
 
@@ -538,13 +555,23 @@ def retrieved_kernel(
     which no power spectrum shows. Phase retrieval is Fienup's hybrid input-output algorithm (Applied Optics 1982), as
     Goldstein & Fattal (ECCV 2012) use it for blur, from many random starts. Of the kernels that come nearest to the
     magnitude, and these turned, the one counts that undoes the blur to the sparsest edges: a wrong phase leaves echoes.
-    Parameters and errors as of :func:`spectrum_kernel`.
+
+    Parameters
+    ----------
+    clean, degraded, noise_std, kernel_size
+        As of :func:`spectrum_kernel`, and so are the errors.
+    starts : int
+        At least 2: the better half of them is compared.
+    seed : int
+        Of the random phases.
 
     Returns
     -------
     Tensor, shape (1, 1, K, K)
         Non-negative, of sum one, its centre of mass nearest to pixel ``K // 2``.
     """
+    if starts < 2:
+        raise ValueError(f"starts: expected at least 2, the better half of which counts, got {starts}")
     magnitude = _magnitude(clean, degraded, noise_std, kernel_size)
     side, k, iterations = len(magnitude), kernel_size, 300
     x = torch.zeros(starts, side, side)
@@ -582,7 +609,7 @@ class Moments:
     Attributes
     ----------
     noise_std : Tensor, shape ()
-        Of the degraded images; where none was given, what :meth:`fit` found.
+        Of the degraded images, on the [-1, 1] scale; where none was given, what :meth:`fit` found.
     """
 
     shares = (0.1, 0.03)
@@ -699,7 +726,16 @@ class FieldMoments:
     Attributes
     ----------
     noise_std : Tensor, shape ()
-        Of the degraded images; where none was given, the median of what :meth:`fit` found in the cells.
+        Of the degraded images, on the [-1, 1] scale; where none was given, the median of what :meth:`fit` found in the
+        cells.
+
+    Raises
+    ------
+    TypeError
+        If images are no floating-point tensors.
+    ValueError
+        If shapes or values do not fit, a side is shorter than ``3 kernel_size - 2`` (clean) or ``2 kernel_size - 1``
+        (degraded), or the grid has no cell.
     """
 
     def __init__(
@@ -918,7 +954,8 @@ class _Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         team.wait()  # the first may be writing still, at the end of the run before
         if self.path.is_file():
-            state = torch.load(self.path, map_location=team.device, weights_only=True)
+            # Records stay on the CPU, where they were made; the parts move their own to where they are.
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             wrong = [key for key in about if state["about"].get(key) != about[key]]
             if wrong:
                 raise ValueError(
@@ -934,7 +971,7 @@ class _Run:
         shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
         self.bar = bar(range(self.done, steps), title, shown, initial=self.done, total=steps)
         for step in self.bar:
-            began = time.monotonic()
+            began, self.step = time.monotonic(), step
             yield step
             self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
             if saves and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
@@ -952,7 +989,7 @@ class _Run:
             self.sums[key] = [total + float(value), n + 1]
             if not math.isfinite(self.sums[key][0]):
                 raise ArithmeticError(
-                    f"{self.name}: diverged at step {self.bar.n + 1}, where the {key} is no number; take smaller "
+                    f"{self.name}: diverged at step {self.step + 1}, where the {key} is no number; take smaller "
                     "learning rates"
                 )
 
@@ -971,7 +1008,7 @@ class _Run:
 
 def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = UNet(channels + 2 * positions, channels, **settings).to(memory_format=torch.channels_last)
     if patch % net.stride:
         raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")

@@ -91,6 +91,10 @@ class Blur:
             Positive.
         iterations : int
             Of conjugate gradients.
+
+        Returns
+        -------
+        Tensor (B, C, H, W)
         """
         if self.boundary == "circular":
             h = otf(kernel, tuple(y.shape[-2:]))
@@ -181,7 +185,10 @@ class SpaceVaryingBlur:
         part: tuple[int, int, int, int] | None = None,
         iterations: int = 12,
     ) -> Tensor:
-        """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
+        """The proximal map of the data term by conjugate gradients, (B, C, H, W); see :meth:`Blur.solve`.
+
+        ``psfs``, ``part`` and the errors are as of :meth:`__call__`.
+        """
         return _proximal(lambda x: self(x, psfs, part=part), y, image, weight, iterations)
 
 
@@ -281,7 +288,10 @@ class Turbulence:
         *,
         iterations: int = 12,
     ) -> Tensor:
-        """The proximal map of the data term in the image, by conjugate gradients; see :meth:`Blur.solve`."""
+        """The proximal map of the data term in the image, by conjugate gradients, (B, C, H, W); see :meth:`Blur.solve`.
+
+        ``y`` is (B, [M,] C, h, w); ``kernel``, ``tilt`` and the errors are as of :meth:`__call__`.
+        """
         return _proximal(lambda x: self(x, kernel, tilt), y, image, weight, iterations)
 
     def solve_tilt(
@@ -307,15 +317,20 @@ class Turbulence:
         ----------
         y : Tensor (B, [M,] C, h, w)
         image, kernel, tilt : Tensor
-            As of :meth:`__call__`.
+            As of :meth:`__call__`. One tilt for several images is a start from which each image's goes its own way.
         weight : float or Tensor (B, [M,] 1, 1, 1)
             Positive, for tilts in pixels.
         smoothness : float
             Standard deviation of that filter, in pixels.
         iterations : int
             Of conjugate gradients.
+
+        Returns
+        -------
+        Tensor, shape (B, [M,] 2, H, W)
         """
         rest = y - self(image, kernel, tilt)
+        tilt = tilt.expand(len(y), *tilt.shape[1:])
         image, kernel, flat = self._spread(image, kernel, tilt)
         slopes = []
         for along in ((0.5, 0.0), (0.0, 0.5)):

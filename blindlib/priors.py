@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from blindlib.files import whole
 from blindlib.schedule import NoiseSchedule
 from blindlib.unet import UNet
 
@@ -27,6 +28,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 KERNEL_DENOISER = WEIGHTS / "kernel-denoiser.safetensors"
 
 CHANNELS = {"image": 3, "kernel": 1, "tilt": 2}
+LATENTS = {channels: latent for latent, channels in CHANNELS.items()}
 
 # Side of the window of the published kernel prior, which its checkpoint does not tell.
 PUBLISHED_KERNEL = 64
@@ -178,21 +180,29 @@ class DiffusionPrior:
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: Tensor | None = None) -> Tensor:
         """The ancestral step (DDPM algorithm 2), with the learned variance where ``extra`` holds one."""
-        if extra is None:
+        if extra is None or t_prev < 0:  # the last step has no noise, and so no variance
             return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise)
         low, high = self.schedule.log_variance_range(t, t_prev)
         share = (extra + 1) / 2
         return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise, low + share * (high - low))
 
     def save(self, path: str | Path, note: str = "") -> None:
-        """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it."""
+        """Write it as safetensors, weights in half precision, whole or not at all; :func:`load_prior` reads it.
+
+        Raises
+        ------
+        ValueError
+            If its schedule is not the linear one, which is what the file will be read with.
+        """
+        if not torch.equal(self.schedule.betas, NoiseSchedule.linear().betas):
+            raise ValueError("schedule: a file holds none; expected the linear one, NoiseSchedule.linear()")
         about = dict(latent=self.latent, prediction=self.prediction, size=self.shape[1], scale=self.scale)
         about |= dict(net=self.net.config, note=note)
         write_checkpoint(path, about, {key: value.detach().half() for key, value in self.net.state_dict().items()})
 
 
 class _ExactPrior:
-    """What priors without a network share; each has its own ``denoise``."""
+    """What priors without a network share; each has its own ``denoise``. Latents are (B, C, H, W)."""
 
     stride = 1
     scale = 1.0
@@ -206,20 +216,26 @@ class _ExactPrior:
     ) -> None:
         if latent is not None and shape[0] != _channels(latent):
             raise ValueError(f"latent: a prior of the {latent} has {CHANNELS[latent]} channels, got {shape[0]}")
-        self.shape, self.latent, self.device = shape, latent, torch.device(device)
+        self.shape, self.latent = shape, latent
+        # As tensors on it report it, "cuda:0" for "cuda": the two are not equal.
+        self.device = torch.empty(0, device=device).device
         self.schedule = schedule or NoiseSchedule.linear()
         self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent] if latent else lambda x0: x0
 
     def start(self, noise: Tensor) -> Tensor:
+        """At the last timestep a diffused signal is standard normal noise, (B, C, H, W)."""
         return noise
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """E[x_0 | x_t] of ``x_t`` (B, C, H, W), of that shape."""
         raise NotImplementedError
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, None]:
+        """The posterior mean (B, C, H, W); a learned variance there is none."""
         return self.denoise(x_t, t), None
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
+        """The ancestral step (DDPM algorithm 2); all tensors (B, C, H, W)."""
         return self.schedule.ancestral_step(x_t, x0, t, t_prev, noise)
 
 
@@ -409,6 +425,13 @@ class UniformPrior(_ExactPrior):
         Height and width of the latent; default: as the operator needs.
     scale : float
         Of a tilt, as of :class:`DiffusionPrior`.
+    device : str or torch.device
+        Of the measurement that it is used with.
+
+    Raises
+    ------
+    ValueError
+        If the latent is unknown, or the scale does not fit it.
     """
 
     def __init__(
@@ -418,6 +441,7 @@ class UniformPrior(_ExactPrior):
         self.scale, self.physical = scale, _physical(latent, scale)
 
     def start(self, noise: Tensor) -> Tensor:
+        """A flat kernel or mid grey with a little noise, (B, C, H, W)."""
         return 0.1 * noise
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
@@ -425,13 +449,14 @@ class UniformPrior(_ExactPrior):
         return x_t.clamp(-1, 1)
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: None = None) -> Tensor:
+        """No diffusion: ``x0`` (B, C, H, W) itself, clipped to [-1, 1]."""
         return x0.clamp(-1, 1)
 
 
 class Frames:
     """A prior of ``frames`` independent latents of one kind, such as the tilts of as many frames.
 
-    Its latents are (B, frames, C, H, W).
+    Its latents are (B, frames, C, H, W), and so is all that its methods take and give.
 
     Parameters
     ----------
@@ -459,20 +484,25 @@ class Frames:
         return self.prior.device
 
     def start(self, noise: Tensor) -> Tensor:
+        """The latents before the first step, made of standard normal ``noise``."""
         return self._each(self.prior.start(noise.flatten(0, 1)))
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
+        """Posterior mean of each frame's latent."""
         return self._each(self.prior.denoise(x_t.flatten(0, 1), t))
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+        """The posterior mean, and what :meth:`step` wants of the same evaluation, (B frames, ...) or None."""
         x0, extra = self.prior.estimate(x_t.flatten(0, 1), t)
         return self._each(x0), extra
 
     def step(self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, extra: Tensor | None = None) -> Tensor:
+        """One reverse step of each; ``extra`` as :meth:`estimate` gave it."""
         x_t, x0, noise = (value.flatten(0, 1) for value in (x_t, x0, noise))
         return self._each(self.prior.step(x_t, x0, t, t_prev, noise, extra))
 
     def physical(self, x0: Tensor) -> Tensor:
+        """The physical latents, less their mean over the frames if they are to be centred."""
         physical = self._each(self.prior.physical(x0.flatten(0, 1)))
         return physical - physical.mean(1, keepdim=True) if self.centred else physical
 
@@ -512,10 +542,9 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     try:
         if about is None:
             net = UNet.from_state_dict(state)
-            kinds = {channels: latent for latent, channels in CHANNELS.items()}
-            if net.in_channels not in kinds:
+            if net.in_channels not in LATENTS:
                 raise ValueError(f"a net of {net.in_channels} input channels is no prior of image, kernel or tilt")
-            latent = kinds[net.in_channels]
+            latent = LATENTS[net.in_channels]
             prior = DiffusionPrior(net, latent, size=PUBLISHED_KERNEL if latent == "kernel" else None)
         else:
             net = UNet(**about["net"])
@@ -533,21 +562,38 @@ def shipped_priors() -> list[str]:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``device``; for ``"auto"`` a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """``device``; for ``"auto"`` a GPU where there is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or the like, got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise ValueError(f"device: {device!r} is not there; torch finds {gpus} CUDA GPUs, take 'auto' or 'cpu'")
+    return found
 
 
 def write_checkpoint(path: str | Path, about: dict, state: dict[str, Tensor]) -> None:
     """Write tensors and metadata as safetensors, whole or not at all; :func:`read_checkpoint` reads them."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     state = {key: value.cpu().contiguous() for key, value in state.items()}
-    part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
-    part.replace(path)
+    with whole(path) as part:
+        part.write_bytes(to_bytes(state, metadata={"blindlib": json.dumps(about)}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
-    """Metadata (if blindlib wrote the file) and state dict of a checkpoint, without running anything in it."""
+    """Metadata (if blindlib wrote the file) and state dict of a checkpoint, without running anything in it.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or truncated, or holds anything but tensors.
+    """
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as f:

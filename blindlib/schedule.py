@@ -54,7 +54,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     def timesteps(self, steps: int, spacing: str = "half-log", *, first: int | None = None) -> list[int]:
-        """``steps`` times from high noise to low, the last of them 0.
+        """``steps`` times from high noise to low, the last of them 0; a single one is the highest, or 0 if "leading".
 
         Parameters
         ----------
@@ -63,10 +63,10 @@ class NoiseSchedule:
         spacing : {"half-log", "linspace", "leading"}
             ``"half-log"``: both ends, halfway between even in time and even in log sigma, as far as whole numbers
             allow. Even times leave few steps for the last octaves of noise, where details and a kernel's bright spots
-            settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every (T // steps)-th from 0
-            (DDIM, arXiv 2010.02502).
+            settle. ``"linspace"``: even, both ends (published samplers). ``"leading"``: every ((first + 1) // steps)-th
+            from 0 (DDIM, arXiv 2010.02502).
         first : int, optional
-            The highest time, default T - 1: for a run that starts below.
+            The highest time, default T - 1: for a run that starts below. ``"leading"`` may not reach it.
 
         Raises
         ------
@@ -128,11 +128,10 @@ class NoiseSchedule:
     def log_variance_range(self, t: int, t_prev: int) -> tuple[float, float]:
         """Bounds between which a learned variance interpolates: log posterior variance and log beta (arXiv 2102.09672).
 
-        The posterior variance of the last step is zero; the one of the step before stands in for it.
+        For ``t_prev >= 0``: the last step is without noise, and its posterior variance zero.
         """
         beta = 1 - self.alpha_bar(t) / self.alpha_bar(t_prev)
-        low = self.posterior_variance(t, t_prev) if t_prev >= 0 else self.posterior_variance(t + 1, t)
-        return math.log(low), math.log(beta)
+        return math.log(self.posterior_variance(t, t_prev)), math.log(beta)
 
     def ancestral_step(
         self, x_t: Tensor, x0: Tensor, t: int, t_prev: int, noise: Tensor, log_variance: Tensor | None = None

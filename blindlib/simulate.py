@@ -782,6 +782,11 @@ def kolmogorov_tilts(
     -------
     Tensor, shape (n, 2, size, size)
         Displacements in pixels, x then y.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive, or the bounds of ``d_r0`` are not in order.
     """
     _check_tilt(n, size, "d_r0", d_r0, apertures=apertures)
     draw, whole = _Draw(seed, device), 2 * size  # noise made by FFT is periodic: make more and cut

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from blindlib import display, simulate
 from blindlib.em import KernelDenoiser
-from blindlib.priors import CHANNELS, DiffusionPrior, kernel_to_latent, load_prior
-from blindlib.unet import UNet
+from blindlib.files import save_whole
+from blindlib.priors import LATENTS, DiffusionPrior, kernel_to_latent, load_prior
+from blindlib.unet import UNet, moving_average
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ class Diffusion:
     """Times at which denoising is validated."""
 
     def __init__(self, net: UNet, recipe: Recipe) -> None:
-        latent = next(latent for latent, channels in CHANNELS.items() if channels == net.in_channels)
         size = None if recipe.any_size else recipe.size
-        self.prior = DiffusionPrior(net, latent, prediction="v", size=size, scale=recipe.scale)
+        self.prior = DiffusionPrior(net, LATENTS[net.in_channels], prediction="v", size=size, scale=recipe.scale)
         self.save, self.size = self.prior.save, recipe.size
 
     def loss(self, net: torch.nn.Module, x0: Tensor, g: torch.Generator) -> Tensor:
@@ -85,8 +85,8 @@ class Diffusion:
         return self.prior.denoise(x_t, level)
 
     def pictures(self) -> Tensor:
-        """Sixteen samples in [0, 1]."""
-        return (draw_samples(self.prior, 16, self.size) + 1) / 2
+        """Sixteen samples, physical."""
+        return self.prior.physical(draw_samples(self.prior, 16, self.size))
 
 
 class Denoising:
@@ -111,11 +111,10 @@ class Denoising:
         return self.net(x0 + level * noise, level)
 
     def pictures(self) -> Tensor:
-        """Eight noisy kernels in [0, 1], and the same denoised."""
+        """Eight noisy kernels, and the same denoised."""
         x = self.recipe.data(seed=-1, device=next(self.net.parameters()).device)[:8, :, :32, :32]
         noisy = x + self.levels[1] * torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
-        both = torch.stack([noisy, self.net(noisy, self.levels[1])])
-        return (both / x.amax((1, 2, 3), keepdim=True)).clamp(0, 1).flatten(0, 1)
+        return torch.cat([noisy, self.net(noisy, self.levels[1])])
 
 
 LARGEST_TILT = 5.0  # pixels; see simulate.mixed_tilts
@@ -179,11 +178,7 @@ class Stream:
     def batch(self, step: int) -> Tensor:
         """The training examples of ``step``, (batch, C, size, size)."""
         first = step // self.renew
-        for b in range(first, first + self.blocks):
-            if b not in self.pool:
-                # Half precision would round kernels' zeros; bytes would band the gradients of scenes.
-                self.pool[b] = self.recipe.data(seed=1_000_003 * self.seed + b, device=self.device)
-        self.pool.pop(first - 1, None)
+        self.pool = {b: self._block(b) for b in range(first, first + self.blocks)}
 
         g = torch.Generator().manual_seed(self.seed_of(step))
         blocks, size = list(self.pool.values()), self.recipe.size
@@ -197,6 +192,12 @@ class Stream:
                 x = x.flip(2) if _pick(range(2), g) else x
             examples.append(x)
         return torch.stack(examples)
+
+    def _block(self, b: int) -> Tensor:
+        if b in self.pool:
+            return self.pool[b]
+        # Half precision would round kernels' zeros; bytes would band the gradients of scenes.
+        return self.recipe.data(seed=1_000_003 * self.seed + b, device=self.device)
 
     def seed_of(self, step: int) -> int:
         """An even seed of its own for each step."""
@@ -342,19 +343,6 @@ def _signals_noted() -> Iterator[list]:
             signal.signal(s, handler)
 
 
-def save_whole(state: dict, path: Path) -> None:
-    """``torch.save``, whole or not at all."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-@torch.no_grad()
-def moving_average(mean: list[Tensor], new: list[Tensor], updates: Tensor | int) -> None:
-    """Exponential moving average of the weights, over all steps at first and over the last 2000 or so later on."""
-    torch._foreach_lerp_(mean, new, 1 - min(0.9995, (1 + int(updates)) / (10 + int(updates))))
-
-
 class Validation:
     """Denoising quality on 64 examples that training never sees: PSNR in dB at the levels of their task."""
 
@@ -400,12 +388,8 @@ def report(task: Diffusion | Denoising, history: list[list[float]], folder: Path
     figure.savefig(folder / "loss.png", dpi=120)
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    for axis, x in zip(figure.subplots(2, 8).flat, task.pictures().cpu(), strict=True):
-        if len(x) == 2:
-            display.arrows(axis, 2 * task.prior.scale * (x - 0.5))
-        else:
-            axis.imshow(x.permute(1, 2, 0) if len(x) == 3 else x[0], cmap="gray", vmin=0, vmax=1)
-        axis.axis("off")
+    for axis, x in zip(figure.subplots(2, 8).flat, task.pictures(), strict=True):
+        display.draw(axis, x)
     figure.savefig(folder / "samples.png", dpi=120)
 
 

@@ -174,6 +174,12 @@ class UNet(nn.Module):
         return net
 
 
+@torch.no_grad()
+def moving_average(mean: list[Tensor], new: list[Tensor], updates: Tensor | int) -> None:
+    """Exponential moving average of the weights, over all steps at first and over the last 2000 or so later on."""
+    torch._foreach_lerp_(mean, new, 1 - min(0.9995, (1 + int(updates)) / (10 + int(updates))))
+
+
 class _Stage(nn.Sequential):
     """Layers in a row, of which only residual blocks take the time embedding."""
 

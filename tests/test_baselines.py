@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blindlib import Blur, dead_leaves, l0_pyramid, mnc, motion_kernels
-from blindlib.baselines import cartoon, differences, faded, kernel_between
+from blindlib.baselines import cartoon, differences, faded, kernel_between, no_blur
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,8 @@ def test_differences(pair):
 def test_a_cartoon_keeps_steps_and_drops_noise():
     step = -0.5 * torch.ones(1, 1, 32, 32)
     step[..., 8:24] = 0.5
-    delta = torch.zeros(1, 1, 3, 3)
-    delta[..., 1, 1] = 1
     noise = 0.05 * torch.randn(step.shape, generator=torch.Generator().manual_seed(0))
-    x = cartoon(step + noise, delta, 0.02)
+    x = cartoon(step + noise, no_blur(1, 3), 0.02)
     assert (x - step).square().mean().sqrt() < 0.02
     assert (x.diff(dim=3).abs() > 0.02).float().mean() < 0.1
 
@@ -54,9 +52,7 @@ def test_the_pyramid_finds_kernels_up_to_their_shift(seed):
     image, kernel = l0_pyramid(y, 32, 0.01)
     assert image.shape == x.shape and kernel.shape == k.shape
     assert kernel.min() >= 0 and kernel.sum() == pytest.approx(1, abs=1e-5)
-    delta = torch.zeros_like(k)
-    delta[..., 16, 16] = 1
-    assert mnc(kernel, k) > max(0.85, mnc(delta, k) + 0.2)
+    assert mnc(kernel, k) > max(0.85, mnc(no_blur(1, 32), k) + 0.2)
 
 
 def test_what_is_not_periodic_is_faded(pair):
@@ -88,6 +84,7 @@ def test_batch_items_are_independent(pair):
         (dict(noise_std=0.0), "noise_std: expected a positive number"),
         (dict(strength=-1.0), "strength: expected a positive number"),
         (dict(rounds=0), "rounds: expected a positive number"),
+        (dict(levels=-1), "levels: expected at least 0, got -1"),
     ],
 )
 def test_bad_input(change, message):

@@ -15,6 +15,7 @@ from blindlib import (
     EmpiricalPrior,
     GaussianMixturePrior,
     GaussianPrior,
+    NoiseSchedule,
     PiGDM,
     UNet,
     UniformPrior,
@@ -26,7 +27,7 @@ from blindlib import (
     sample,
     text_images,
 )
-from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical
+from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical, pick_device
 
 SHIPPED = {"image": ("image", 3), "kernel": ("kernel", 1), "text": ("image", 3), "tilt": ("tilt", 2)}
 
@@ -107,6 +108,8 @@ def test_save_and_load(tmp_path):
     assert (again.latent, again.prediction, again.shape) == ("kernel", "v", (1, 16, 16))
     assert again.net.config == net.config
     assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(ValueError, match="schedule: a file holds none; expected the linear one"):
+        DiffusionPrior(net, "kernel", schedule=NoiseSchedule.cosine()).save(tmp_path / "cosine.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ exact priors
@@ -209,6 +212,23 @@ def test_exact_priors_of_image_and_kernel_run_in_parallel(g):
     torch.testing.assert_close(run.image, scenes[2:3], atol=0.02, rtol=0)
 
 
+def test_a_priors_device_is_that_of_its_tensors():
+    """By whatever name it was given: a GPU's "cuda" is "cuda:0" of a tensor, and this is the CPU's like of it."""
+    prior = UniformPrior("kernel", 9, device="cpu:0")
+    assert prior.device == torch.zeros(1, device="cpu:0").device
+    y = torch.zeros(1, 3, 16, 16)
+    assert sample(y, Blur(), {"kernel": prior, "image": UniformPrior("image")}, steps=2).kernel.shape == (1, 1, 9, 9)
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [("gpu", "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"), ("cuda:99", "'cuda:99' is not there")],
+)
+def test_a_device_that_is_not_there(device, message):
+    with pytest.raises(ValueError, match=message):
+        pick_device(device)
+
+
 # ---------------------------------------------------------------------------------- published and foreign files
 
 
@@ -222,6 +242,8 @@ def test_published_checkpoints_are_told_apart(tmp_path, channels, latent, wrappe
     x = torch.zeros(1, channels, 16, 16)
     mean, variance = prior.estimate(x, 10)
     assert mean.shape == variance.shape == x.shape
+    for t in (999, 0):  # the last step: of a run of one step, and of any other
+        torch.testing.assert_close(prior.step(x, mean, t, -1, torch.ones_like(x), variance), mean)
 
 
 def test_missing_file_says_where_to_get_it():
