@@ -959,7 +959,8 @@ class _Run:
             wrong = [key for key in about if state["about"].get(key) != about[key]]
             if wrong:
                 raise ValueError(
-                    f"folder: {self.path} is of another run, whose {', '.join(wrong)} differed; name another"
+                    f"folder: {self.path} is of another run, whose {', '.join(wrong)} differed; "
+                    "name another folder, or delete this one"
                 )
             for key, part in parts.items():
                 part.load_state_dict(state[key])

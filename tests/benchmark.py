@@ -10,7 +10,6 @@ once, which then take longer, each by its own share: of such a run the seconds m
 import argparse
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from blindlib import (
     sample,
 )
 from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
+from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
@@ -208,9 +208,8 @@ def run(a: argparse.Namespace, table: dict) -> None:
         if entry is None:
             continue
         table["results"][cell.setting][cell.method][cell.item] = entry
-        part = a.out.with_name(a.out.name + ".part")
-        part.write_text(json.dumps(table, indent=1) + "\n")
-        os.replace(part, a.out)
+        with whole(a.out) as part:
+            part.write_text(json.dumps(table, indent=1) + "\n")
         print(f"{cell.setting} {cell.method}, {cell.item}: {entry}", flush=True)
 
 
