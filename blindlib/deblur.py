@@ -34,6 +34,8 @@ EM_STEPS = 30
 START_TIME = 150
 ROUNDS = 12
 ROUND_STEPS = 6
+# Likeness at which two kernels are one, and but one of them goes on.
+SAME = 0.97
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
 
@@ -113,7 +115,7 @@ def deblur(
     rounds : int
         Of EM, each a short run of the image's diffusion and an M-step; see :func:`find_kernels`.
     starts : int
-        Runs of EM, from different guesses, at least as many as ``samples``.
+        Kernels that are sought, of which ``samples`` are kept; at least as many.
     samples : int
         How many of the runs are kept, those whose kernels explain the photograph best, each with its restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
@@ -378,8 +380,8 @@ def find_kernels(
     :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
     :func:`~blindlib.em.fast_em` comes to nearly the same kernel. From there :func:`~blindlib.em.diffusion_em` goes on:
     a little noise on the image, a short run back, an M-step with the diffusion prior of kernels, which finds the faint
-    strokes that are missing, again and again. Where guesses still differ, :func:`unexplained` tells which is right, and
-    the best goes on as long again.
+    strokes that are missing, again and again. Kernels that have become one by then go on as one, the others each as
+    long again, and :func:`unexplained` tells which is right.
 
     Parameters
     ----------
@@ -389,9 +391,9 @@ def find_kernels(
     blur : Blur
     noise_std : float
     rounds : int
-        How often; for each guess, and once more for the best.
+        How often; for each guess, and as often again.
     starts : int
-        How many kernels go on, the best; when there are more than guesses, from the same with other noise.
+        How many kernels are sought; when more than are left, the best go on several times, with other noise.
     seed : int
     progress : bool
 
@@ -409,21 +411,25 @@ def find_kernels(
     many = y.expand(len(guesses), -1, -1, -1)
     common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, progress=progress)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
-    seeds = torch.randint(2**31, (2 + starts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed)).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
 
     again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
     go_on = partial(diffusion_em, regularizer=Annealed(priors["kernel"]), **again, **common)
     run = go_on(many, priors["image"], kernel0=run.kernel, image0=run.image, seed=seeds[1])
+    handicap = y.new_tensor([1.0] * len(GUESSES) + [HANDICAP])
     rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
-    order = torch.cat([rest[:-1], HANDICAP * rest[-1:]]).argsort()
-    best = order[torch.arange(starts, device=y.device) % len(guesses)]
+    order, apart = (handicap * rest).argsort().tolist(), []
+    for i in order:
+        if all(mnc(run.kernel[i : i + 1], run.kernel[j : j + 1]) < SAME for j in apart):
+            apart.append(i)
+    kept = apart + [order[i % len(order)] for i in range(starts - len(apart))]
 
-    many = y.expand(starts, -1, -1, -1)
-    run = go_on(many, priors["image"], kernel0=run.kernel[best], image0=run.image[best], seed=seeds[2:])
+    many, seeds = y.expand(len(kept), -1, -1, -1), seeds[2 : 2 + len(kept)]
+    run = go_on(many, priors["image"], kernel0=run.kernel[kept], image0=run.image[kept], seed=seeds)
     rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
-    order = rest.argsort()
-    return run.kernel[order], rest[order]
+    best = (handicap[kept] * rest).argsort()[:starts]
+    return run.kernel[best], rest[best]
 
 
 def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:

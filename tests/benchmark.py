@@ -79,8 +79,8 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
 
     def as_deblur() -> Result:
         made = deblur(y, boundary="circular", noise_std=noise_std, priors=priors, device=y.device, progress=False)
-        # 20 for each of the first kernels, to choose, and for the last.
-        evaluations = (len(GUESSES) + 1) * (EM_STEPS + ROUNDS * ROUND_STEPS + 20) + ROUNDS * ROUND_STEPS + 20 + RESTORE
+        # 20 for each kernel, to choose; at most, as kernels that have become one go on as one.
+        evaluations = (len(GUESSES) + 1) * (EM_STEPS + 2 * (ROUNDS * ROUND_STEPS + 20)) + RESTORE
         latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
         return Result(latents, 1, torch.zeros(1), evaluations, 0.0, {})
 
