@@ -492,11 +492,9 @@ for axis, (_, title) in zip(figure.axes, shown, strict=False):
 _ = display.save_figure(figure, "04_turbulence_registered.png")
 
 # %% [markdown]
-# **On fields that nothing was chosen on**, one for each of four photographs, eight frames: against the mean frame
-# deblurred, astronaut, cat, coffee and rocket gained 1.7, 1.9, 1.3 and 0.8 dB, and the tilts had 65 to 87 % of what the
-# oracle gains. The kernel is no longer left to chance: MNC 0.98 and more. Held against the scene *bent by the mean
-# tilt*, as far as frames can tell it, the gains are 3.7, 5.7, 3.4 and 2.0 dB: most of the error that is left is in
-# where things are, and has to be answered with more frames, not with a better prior.
+# **On fields that nothing was chosen on** (`seed = 100`, same photographs) the mean frame deblurred has 24.8 dB, the
+# registered frames 26.1, the ceiling is 27.2, and the tilts have 74 % of what the oracle gains. Most of the error that
+# is left is in where things are, and has to be answered with more frames, not with a better prior.
 #
 # ## Where do the samples disagree?
 #
