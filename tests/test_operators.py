@@ -318,7 +318,8 @@ def test_one_tilt_to_start_from_for_several_images(frames, g):
     y = torch.rand(operator(image, kernel, tilt).shape, generator=g)
     together = operator.solve_tilt(y, image, kernel, tilt, 0.1)
     apart = [operator.solve_tilt(y[i : i + 1], image[i : i + 1], kernel, tilt, 0.1) for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(apart))
+    # Conjugate gradients make much of rounding, which differs with the number of threads.
+    torch.testing.assert_close(together, torch.cat(apart), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize(
