@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
 from blindlib.jobs import Team
-from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
+from blindlib.matching import FLOW_STRIDE, check_counts, check_noise, fit_flow, learn_operator, load_operator
 from blindlib.operators import SpaceVaryingBlur
 
 
@@ -136,7 +136,7 @@ def _options(a: argparse.Namespace) -> dict:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
         if search:
             raise ValueError(f"{', '.join(search)}: for the search of a kernel, the operator is known; leave it out")
-        chosen["kernel"], a.max_size = load_operator(a.operator), 0
+        chosen["kernel"] = load_operator(a.operator)
     max_size = 1024 if a.max_size is None else a.max_size
     return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **search, **chosen)
 
@@ -146,11 +146,8 @@ def _learn_operator(a: argparse.Namespace) -> str:
         raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
     if a.kernel_out is not None:
         check_output(a.kernel_out)
-    for name in ("kernel_size", "flow_steps", "steps", "batch", "crop"):
-        if (value := getattr(a, name)) is not None and value < 1:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
-    if a.noise_std is not None and not 0 <= a.noise_std < 1:
-        raise ValueError(f"noise-std: expected a number in [0, 1), on the [-1, 1] scale, got {a.noise_std}")
+    check_counts(**_given(a, "kernel_size", "flow_steps", "steps", "batch", "crop"))
+    check_noise(a.noise_std)
     first = Team(a.device).rank == 0
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print

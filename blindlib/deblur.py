@@ -22,7 +22,7 @@ from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
-from blindlib.priors import DiffusionPrior, load_prior, pick_device
+from blindlib.priors import DiffusionPrior, Prior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
@@ -150,13 +150,11 @@ def deblur(
     say = print if progress else (lambda *_: None)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
-    for name, value in dict(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_least(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
-    if priors is not None and (missing := ({"image", "kernel"} if kernel is None else {"image"}) - set(priors)):
-        raise ValueError(f"priors: none for {', '.join(sorted(missing))}")
+    if priors is not None:
+        check_priors(priors, "image", *(["kernel"] if kernel is None else []))
     if kernel is not None:
         _check_known(kernel)
     device = pick_device(device)
@@ -198,6 +196,19 @@ def deblur(
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
+
+
+def check_least(**counts: int | None) -> None:
+    """ValueError that names the first below 1; what is None does not count."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_priors(priors: Mapping[str, Prior], *names: str) -> None:
+    """ValueError that names those that are missing."""
+    if missing := [name for name in names if name not in priors]:
+        raise ValueError(f"priors: none for {', '.join(missing)}")
 
 
 def _check_known(kernel: Tensor) -> None:

@@ -120,7 +120,7 @@ class DeepLinear(nn.Module):
         super().__init__()
         if not sizes:
             raise ValueError("sizes: expected at least one layer, got none")
-        _check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         widths = [1, *[channels] * (len(sizes) - 1), 1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch's: that sets the GPUs' too, for good
@@ -298,7 +298,7 @@ def fit_flow(
     field = _field(images) if positions else None
     team = Team(device)
     device = team.device
-    _check_counts(steps=steps, batch=batch, patch=patch)
+    check_counts(steps=steps, batch=batch, patch=patch)
     model = _seeded_net(net, len(images[0]), patch, seed, positions).to(device)
     mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=moving_average)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -412,10 +412,10 @@ def learn_operator(
         If the run diverges.
     """
     operator = _operator(operator)
-    _check_counts(steps=steps, batch=batch, patch=patch, kernel_size=kernel_size)
+    check_counts(steps=steps, batch=batch, patch=patch, kernel_size=kernel_size)
     if kernel_size > patch:
         raise ValueError(f"kernel_size: a kernel of {kernel_size} pixels is larger than the patch, {patch}")
-    _check_noise(noise_std)
+    check_noise(noise_std)
     if noise_std is None and start is not None:
         raise ValueError("noise_std: has to be given with a start; only the fit that finds a start finds the noise too")
     if centre <= 0 or compact < 0:
@@ -625,7 +625,7 @@ class Moments:
         seed: int = 0,
         device: str | torch.device = "auto",
     ) -> None:
-        _check_noise(noise_std)
+        check_noise(noise_std)
         self.operator = _operator(operator)
         if isinstance(self.operator, SpaceVaryingBlur):
             raise TypeError("operator: a SpaceVaryingBlur has the moments of each cell, FieldMoments")
@@ -749,13 +749,13 @@ class FieldMoments:
         seed: int = 0,
         device: str | torch.device = "auto",
     ) -> None:
-        _check_counts(rows=grid[0], columns=grid[1])
+        check_counts(rows=grid[0], columns=grid[1])
         self.clean = _checked("clean", clean, 3 * kernel_size - 2)
         self.degraded = _checked("degraded", degraded, 2 * kernel_size - 1)
         self.field, self.grid = _field(self.degraded), tuple(grid)
         self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
         self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
-        _check_noise(noise_std)
+        check_noise(noise_std)
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std)
 
     def retrieved(self) -> Tensor:
@@ -903,8 +903,8 @@ def _edges(y: Tensor, kernel: Tensor) -> Tensor:
 
 def _magnitude(clean: Images, degraded: Images, noise_std: float, kernel_size: int) -> Tensor:
     """``|K|`` on a grid (S, S // 2 + 1) that has room for the kernel's autocorrelation."""
-    _check_counts(kernel_size=kernel_size)
-    _check_noise(noise_std)
+    check_counts(kernel_size=kernel_size)
+    check_noise(noise_std)
     xs, ys = (_checked(n, v, 2 * kernel_size - 1) for n, v in (("clean", clean), ("degraded", degraded)))
     side = min(4 * kernel_size, *(min(x.shape[-2:]) for x in [*xs, *ys]))
     (px, _), (py, noise) = _power_spectrum(xs, side, 0.0), _power_spectrum(ys, side, noise_std)
@@ -1096,13 +1096,15 @@ def _checked(name: str, images: Images, side: int) -> list[Tensor]:
     return [x.float() for x in found]
 
 
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
+    """ValueError that names the first that is no positive integer."""
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _check_noise(noise_std: float | None) -> None:
+def check_noise(noise_std: float | None) -> None:
+    """ValueError if it is no standard deviation on the [-1, 1] scale; None is one that is to be found."""
     if noise_std is not None and not 0 <= noise_std < 1:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import ROUNDS, estimate_noise, find_kernels
+from blindlib.deblur import ROUNDS, check_least, check_priors, estimate_noise, find_kernels
 from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior
 from blindlib.sampler import DiffPIR, Result, sample
@@ -127,18 +127,16 @@ def mitigate(
         raise ValueError(f"y: expected shape (1, M, C, H, W) with two frames or more, got {shape}")
     if boundary == "valid":
         raise ValueError("boundary: expected 'circular', 'zero' or 'reflect', got 'valid'")
-    for name, value in dict(rounds=rounds, samples=samples).items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if missing := {"image", "kernel"} - set(priors):
-        raise ValueError(f"priors: none for {', '.join(sorted(missing))}")
+    check_least(rounds=rounds, samples=samples)
+    check_priors(priors, "image", "kernel")
     operator, blur = Turbulence(boundary, frames=y.shape[1]), Blur(boundary)
     noise_std = estimate_noise(y.flatten(0, 1)) if noise_std is None else noise_std
     common, only = dict(seed=seed, progress=progress), {"image": priors["image"]}
 
     def restored(y: Tensor, known: Callable, noise: float) -> Result:
-        """Samples, not plug and play, which frames whose tilts are a little wrong lead further astray."""
-        return sample(y, known, only, steps=20, samples=samples, guidance=DiffPIR(noise, strength=1.0), **common)
+        """The mean of samples; plug and play is led further astray by frames whose tilts are a little wrong."""
+        run = sample(y, known, only, steps=20, samples=samples, guidance=DiffPIR(noise, strength=1.0), **common)
+        return replace(run, latents={"image": run.posterior("image").mean(1)}, samples=1)
 
     still, tilt = register(y, operator)
     left = estimate_noise(still)
@@ -146,10 +144,8 @@ def mitigate(
     # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
     run = restored(still, partial(blur, kernel=kernel), max(left, 1.5 * float(rest)))
     for _ in range(TURNS):
-        image = run.posterior("image").mean(1)
-        tilt = flow(y, image, kernel, tilt, operator)
-        rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
+        tilt = flow(y, run.image, kernel, tilt, operator)
+        rest = (y - operator(run.image, kernel, tilt)).square().mean().sqrt()
         run = restored(y, partial(operator, kernel=kernel, tilt=tilt), max(noise_std, 1.5 * float(rest)))
-    image = run.posterior("image").mean(1)
-    rest = (y - operator(image, kernel, tilt)).square().mean().sqrt()
-    return replace(run, latents={"image": image, "kernel": kernel, "tilt": tilt}, samples=1, residual=rest[None])
+    rest = (y - operator(run.image, kernel, tilt)).square().mean().sqrt()
+    return replace(run, latents={**run.latents, "kernel": kernel, "tilt": tilt}, residual=rest[None])

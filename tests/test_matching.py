@@ -734,7 +734,7 @@ def test_several_processes_learn_one_operator_together(folders, two_processes):
         (["--kernel-out", "kernel.xyz"], "path: no image format"),
         (["--crop", "10"], "crop: expected at least 38, got 10"),
         (["--kernel-size", "40"], "clean: no photograph of at least 79x79 pixels in"),
-        (["--noise-std", "-1"], "noise-std: expected a number in"),
+        (["--noise-std", "-1"], "noise_std: expected a number in"),
         (["--device", "gpu"], "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"),
     ],
 )
