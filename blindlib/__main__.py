@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blindlib.checks import check_counts, check_noise
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
 from blindlib.jobs import Team
-from blindlib.matching import FLOW_STRIDE, check_counts, check_noise, fit_flow, learn_operator, load_operator
+from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
 from blindlib.operators import SpaceVaryingBlur
 
 

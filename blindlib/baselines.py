@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blindlib.checks import check_counts, check_positive
 from blindlib.metrics import recentred
 from blindlib.operators import otf, windowed
 
@@ -67,9 +68,8 @@ def l0_pyramid(
     side = min(y.shape[-2:])
     if not 3 <= kernel_size <= side:
         raise ValueError(f"kernel_size: expected 3 to {side}, the side of y, got {kernel_size}")
-    for name, value in (("noise_std", noise_std), ("strength", strength), ("ridge", ridge), ("rounds", rounds)):
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+    check_positive(noise_std=noise_std, strength=strength, ridge=ridge)
+    check_counts(rounds=rounds)
     if levels is not None and levels < 0:
         raise ValueError(f"levels: expected at least 0, got {levels}")
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
+from blindlib.checks import check_counts
 from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -150,7 +151,7 @@ def deblur(
     say = print if progress else (lambda *_: None)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
-    check_least(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
+    check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
     if priors is not None:
@@ -196,13 +197,6 @@ def deblur(
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
-
-
-def check_least(**counts: int | None) -> None:
-    """ValueError that names the first below 1; what is None does not count."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def check_priors(priors: Mapping[str, Prior], *names: str) -> None:

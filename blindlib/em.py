@@ -23,6 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from blindlib.baselines import l0_pyramid, no_blur
+from blindlib.checks import check_counts, check_positive
 from blindlib.metrics import recentred
 from blindlib.operators import Blur, otf, seen, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
@@ -286,9 +287,8 @@ def fit_kernel(
     for name, value in (("y", y), ("x_samples", x), ("kernel0", kernel0)):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: has values that are NaN or infinite")
-    for name, value in (("noise_std", noise_std), ("beta", beta), ("iterations", iterations)):
-        if not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+    check_positive(noise_std=noise_std, beta=beta)
+    check_counts(iterations=iterations)
 
     spectrum = torch.fft.rfft2(x)
     z = kernel0.expand(len(y), -1, -1, -1)
@@ -494,8 +494,7 @@ def diffusion_em(
     allows.
     """
     kernel = _start(y, kernel_size, kernel0, noise_std, boundary)
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    check_counts(rounds=rounds)
     if image0 is not None and start_time is None:
         raise ValueError("image0: is given, but no start_time, the time of the noise to put on it")
     guidance = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.baselines import differences
+from blindlib.checks import check_counts, check_noise
 from blindlib.files import save_whole
 from blindlib.jobs import Team
 from blindlib.metrics import mnc, recentred
@@ -1094,19 +1095,6 @@ def _checked(name: str, images: Images, side: int) -> list[Tensor]:
         if not bool(torch.isfinite(x).all()) or float(x.abs().max()) > 3:
             raise ValueError(f"{name}: expected finite values in about [-1, 1]; image {i} has NaN or larger ones")
     return [x.float() for x in found]
-
-
-def check_counts(**counts: int) -> None:
-    """ValueError that names the first that is no positive integer."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def check_noise(noise_std: float | None) -> None:
-    """ValueError if it is no standard deviation on the [-1, 1] scale; None is one that is to be found."""
-    if noise_std is not None and not 0 <= noise_std < 1:
-        raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
 
 
 def _operator(operator: Operator | None) -> Operator:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blindlib.checks import check_counts
 from blindlib.operators import warp
 
 
@@ -87,8 +88,7 @@ def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
 
 def _fractions(subpixel: int) -> list[tuple[float, float]]:
     """Shifts down and right by parts of a pixel."""
-    if subpixel < 1:
-        raise ValueError(f"subpixel: expected at least 1, got {subpixel}")
+    check_counts(subpixel=subpixel)
     parts = [i / subpixel for i in range(subpixel)]
     return [(down, right) for down in parts for right in parts]
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blindlib.checks import check_counts
+
 BOUNDARIES = ("circular", "zero", "reflect", "valid")
 
 
@@ -208,8 +210,7 @@ class Downsample:
     """
 
     def __init__(self, factor: int, boundary: str = "valid") -> None:
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise ValueError(f"factor: expected a positive integer, got {factor!r}")
+        check_counts(factor=factor)
         self.factor, self.blur, self.boundary = factor, Blur(boundary), boundary
 
     def __repr__(self) -> str:
@@ -258,8 +259,7 @@ class Turbulence:
     """
 
     def __init__(self, boundary: str = "circular", *, frames: int | None = None) -> None:
-        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
-            raise ValueError(f"frames: expected a positive integer or None, got {frames!r}")
+        check_counts(frames=frames)
         self.blur, self.frames = Blur(boundary), frames
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from blindlib.checks import check_counts, check_noise, check_positive
 from blindlib.priors import Prior
 from blindlib.schedule import NoiseSchedule
 
@@ -228,6 +229,12 @@ class DiffPIR:
     strength: float = 3.0
     eta: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_noise(self.noise_std)
+        check_positive(strength=self.strength)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
+
     def __call__(
         self,
         x: Latents,
@@ -270,6 +277,10 @@ class PiGDM:
 
     noise_std: float
     data_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise_std)
+        check_positive(data_std=self.data_std)
 
     def __call__(
         self,
@@ -360,13 +371,9 @@ def dpir(
     >>> sharp = dpir(y, partial(Blur(), kernel=k), load_prior("image"), 0.02)  # doctest: +SKIP
     """
     shapes, schedule = _check(y, operator, {"image": prior}, 1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive integer, got {steps!r}")
-    for name, value in (("strength", strength), ("first", first)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-    if not 0 <= noise_std < 1:
-        raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
+    check_counts(steps=steps)
+    check_positive(strength=strength, first=first)
+    check_noise(noise_std)
     # The least level is that of the noise, but no less than what 2.55 / 255 of the range [0, 1] is on ours.
     last = min(max(noise_std, 5.1 / 255), first)
     levels = torch.logspace(math.log10(first), math.log10(last), steps, dtype=torch.float64)
@@ -641,8 +648,7 @@ def _check(
             f"y: expected values of about [-1, 1] plus noise, got [{float(y.min()):.3g}, {float(y.max()):.3g}]; "
             "an image of bytes becomes one by x / 127.5 - 1"
         )
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
+    check_counts(samples=samples)
     if not priors:
         raise ValueError("priors: expected one for each unknown, got none")
 

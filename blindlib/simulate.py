@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blindlib.checks import check_counts, check_positive
+
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
@@ -85,8 +87,8 @@ def dead_leaves(
         If a count or size is not positive.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    if n < 1 or height < 1 or width < 1 or layers < 1:
-        raise ValueError(f"n, size, layers: expected positive integers, got {n}, {size}, {layers}")
+    check_counts(n=n, size=height, layers=layers)
+    check_counts(size=width)
     draw = _Draw(seed, device)
     y, x = torch.meshgrid(
         torch.arange(height, device=draw.device) + 0.5, torch.arange(width, device=draw.device) + 0.5, indexing="ij"
@@ -336,8 +338,7 @@ def text_images(n: int, size: int, *, seed: Seed = 0, device: str | torch.device
     ValueError
         If ``n`` or ``size`` is not positive.
     """
-    if n < 1 or size < 1:
-        raise ValueError(f"n, size: expected positive integers, got {n} and {size}")
+    check_counts(n=n, size=size)
     draw = _Draw(seed, device)
     pages = [_page(random.Random(int(s)), size) for s in draw.integers(2**31, n)]
     return torch.stack(pages).to(draw.device)
@@ -733,7 +734,9 @@ def tilt_fields(
     ValueError
         If a number is not positive, or the strengths are not in order.
     """
-    _check_tilt(n, size, "strength", strength, smoothness=smoothness, patches=patches, max_tilt=max_tilt)
+    _check_tilt(n, size, "strength", strength, smoothness=smoothness, patches=patches)
+    if not max_tilt > 0:  # infinity: nothing is cut
+        raise ValueError(f"max_tilt: expected a positive number, got {max_tilt}")
     draw, side = _Draw(seed, device), 64
     whole = size + 2 * (side - 1)
     reach = math.ceil(4 * smoothness)
@@ -834,9 +837,7 @@ def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **p
         raise ValueError(f"n, size: expected at least 1 field of at least 2 pixels, got {n} of {size}")
     if not 0 < interval[0] <= interval[1]:
         raise ValueError(f"{name}: expected 0 < low <= high, got {interval}")
-    for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key}: expected a positive number, got {value}")
+    check_positive(**positive)
 
 
 def _check_kernel(n: int, size: int, interval: tuple[float, float], name: str, limit: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blindlib import display, simulate
+from blindlib.checks import check_counts
 from blindlib.em import KernelDenoiser
 from blindlib.files import save_whole
 from blindlib.priors import LATENTS, DiffusionPrior, kernel_to_latent, load_prior
@@ -256,8 +257,7 @@ def train(
 
     if name not in RECIPES:
         raise ValueError(f"name: expected one of {sorted(RECIPES)}, got {name!r}")
-    if steps < 1:
-        raise ValueError(f"steps: expected a positive number, got {steps}")
+    check_counts(steps=steps)
     recipe, folder = RECIPES[name], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=_precision(device), cpu=device == "cpu")

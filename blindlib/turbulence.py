@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.deblur import ROUNDS, check_least, check_priors, estimate_noise, find_kernels
+from blindlib.checks import check_counts
+from blindlib.deblur import ROUNDS, check_priors, estimate_noise, find_kernels
 from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior
 from blindlib.sampler import DiffPIR, Result, sample
@@ -127,7 +128,7 @@ def mitigate(
         raise ValueError(f"y: expected shape (1, M, C, H, W) with two frames or more, got {shape}")
     if boundary == "valid":
         raise ValueError("boundary: expected 'circular', 'zero' or 'reflect', got 'valid'")
-    check_least(rounds=rounds, samples=samples)
+    check_counts(rounds=rounds, samples=samples)
     check_priors(priors, "image", "kernel")
     operator, blur = Turbulence(boundary, frames=y.shape[1]), Blur(boundary)
     noise_std = estimate_noise(y.flatten(0, 1)) if noise_std is None else noise_std

@@ -83,7 +83,7 @@ def test_batch_items_are_independent(pair):
         (dict(kernel_size=0), "kernel_size"),
         (dict(noise_std=0.0), "noise_std: expected a positive number"),
         (dict(strength=-1.0), "strength: expected a positive number"),
-        (dict(rounds=0), "rounds: expected a positive number"),
+        (dict(rounds=0), "rounds: expected a positive integer"),
         (dict(levels=-1), "levels: expected at least 0, got -1"),
     ],
 )

@@ -331,7 +331,7 @@ def test_a_threshold_never_leaves_no_blur():
         (dict(y=torch.full((1, 3, 8, 8), math.nan)), "y: has values that are NaN"),
         (dict(kernel0=torch.full((1, 1, 3, 3), math.inf)), "kernel0: has values that are NaN or infinite"),
         (dict(noise_std=0.0), "noise_std: expected a positive number"),
-        (dict(iterations=0), "iterations: expected a positive number"),
+        (dict(iterations=0), "iterations: expected a positive integer"),
     ],
 )
 def test_bad_input_of_the_m_step(change, message):

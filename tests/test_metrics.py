@@ -82,7 +82,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="max_shift"):
         psnr(x, x, max_shift=4)
     for measure in (partial(psnr, x, x), partial(mnc, x[:, :1], x[:, :1])):
-        with pytest.raises(ValueError, match="subpixel: expected at least 1, got 0"):
+        with pytest.raises(ValueError, match="subpixel: expected a positive integer, got 0"):
             measure(subpixel=0)
     with pytest.raises(ValueError, match="kernel: expected shape"):
         mnc(x, x)

@@ -324,7 +324,7 @@ def test_one_tilt_to_start_from_for_several_images(frames, g):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Turbulence(frames=0), "frames: expected a positive integer or None, got 0"),
+        (lambda: Turbulence(frames=0), "frames: expected a positive integer, got 0"),
         (
             lambda: Turbulence(frames=2)(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 1, 1), torch.zeros(1, 2, 8, 8)),
             r"tilt: expected shape \(B or 1, 2, 2, H, W\), one for each frame",

@@ -288,6 +288,21 @@ def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
     assert run.image.shape == (1, 3, 16, 24)
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PiGDM(-0.1), r"noise_std: expected a number in \[0, 1\).*got -0.1"),
+        (lambda: PiGDM(0.1, data_std=0.0), "data_std: expected a positive number, got 0.0"),
+        (lambda: DiffPIR(math.nan), "noise_std: expected a number in .*got nan"),
+        (lambda: DiffPIR(0.1, strength=math.inf), "strength: expected a positive number, got inf"),
+        (lambda: DiffPIR(0.1, eta=1.5), r"eta: expected a number in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_guidance_of_wrong_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("guidance", [DPS.released(), DiffPIR(noise_std=0.1), PiGDM(noise_std=0.1)])
 @pytest.mark.parametrize(
     "operator, scene",
@@ -438,8 +453,8 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
         (dict(steps=[]), ValueError, "steps: expected a number, or times from 0 to 999, got "),
         (dict(steps=[5, 1000]), ValueError, r"times from 0 to 999, got \[5, 1000\]"),
         (dict(start={}, start_time=50, steps=[40, 0]), ValueError, "expected to begin at start_time=50, got 40"),
-        (dict(samples=0), ValueError, "samples: expected an integer of at least 1, got 0"),
-        (dict(samples=1.5), ValueError, "samples: expected an integer of at least 1, got 1.5"),
+        (dict(samples=0), ValueError, "samples: expected a positive integer, got 0"),
+        (dict(samples=1.5), ValueError, "samples: expected a positive integer, got 1.5"),
         (dict(guidance="dps"), TypeError, "guidance: expected one such as DPS"),
         (dict(seed=1.5), ValueError, "seed: expected an int, or one for each of 1 measurements, got 1.5"),
         (dict(operator=partial(Blur(), kernel=torch.ones(1, 1, 1, 1)), priors={}), ValueError, "priors: .* got none"),

@@ -137,8 +137,10 @@ def test_rectangular_scenes():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="n, size"):
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         dead_leaves(0, 32)
+    with pytest.raises(ValueError, match="size: expected a positive integer, got 0"):
+        dead_leaves(1, (32, 0))
     with pytest.raises(ValueError, match="extent: expected 0 < low <= high <= 1"):
         motion_kernels(1, 16, extent=(0.5, 1.5))
     with pytest.raises(ValueError, match="n, size"):
@@ -199,7 +201,7 @@ def test_text_is_two_or_three_even_tones_with_sharp_edges():
     dark = x.mean((1, 2, 3)) < 0
     assert 2 < dark.sum() < 30, "dark on light and light on dark"
     assert text_images(1, 40, seed=1).shape == (1, 3, 40, 40)
-    with pytest.raises(ValueError, match="n, size"):
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         text_images(0, 32)
 
 

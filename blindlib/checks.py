@@ -1,0 +1,26 @@
+"""Checks of numbers, with errors that name the argument, what is expected and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+
+
+def check_counts(**counts: int | None) -> None:
+    """ValueError that names the first that is no positive integer; None stands for one that is not given."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_positive(**values: float) -> None:
+    """ValueError that names the first that is not positive, or not finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def check_noise(noise_std: float | None) -> None:
+    """ValueError if it is no standard deviation on the [-1, 1] scale; None stands for one that is to be found."""
+    if noise_std is not None and not 0 <= noise_std < 1:
+        raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
