@@ -969,6 +969,8 @@ class _Run:
 
     def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
         """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
+        if steps < self.done:
+            raise ValueError(f"steps: {self.path} has {self.done} steps already, got {steps}; ask for as many or more")
         saved = time.monotonic()
         shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
         self.bar = bar(range(self.done, steps), title, shown, initial=self.done, total=steps)

@@ -528,6 +528,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
     assert math.isclose(run(tmp_path / "b").kernel.sub(whole.kernel).abs().max(), 0, abs_tol=1e-6)
     with pytest.raises(ValueError, match=r"folder: .*operator.pt is of another run, whose seed differed"):
         tiny(clean, degraded, flow=again.flow, folder=tmp_path / "b", seed=1)
+    with pytest.raises(ValueError, match=r"steps: .*flow.pt has 6 steps already, got 5; ask for as many or more"):
+        fit_flow(degraded, patch=8, steps=5, batch=4, net=TINY, folder=tmp_path / "b")
 
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
