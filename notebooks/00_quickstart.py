@@ -14,7 +14,8 @@
 # %% [markdown]
 # # A blurred photograph made sharp
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/00_quickstart.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/00_quickstart.ipynb)
 #
 # **What you will see.** A photograph that was blurred by a motion nobody recorded goes in. The sharp photograph
 # and the *blur kernel*, the path that the camera drew, come out. Both are unknown; a diffusion model for each
@@ -71,10 +72,10 @@ _ = display.show({"the photograph": blurred}, size=3)
 # ## Sharp
 #
 # One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
-# by diffusion (*Fast Diffusion EM*). With each it goes on, longest with the best: a little noise on the picture, a
-# short diffusion back under the kernel it has, then the kernel that fits that picture best among those the kernel prior
-# believes, and again.
-# Then it restores the whole picture with the kernel that it found and the image prior as a denoiser (*plug and play*).
+# by diffusion (*Fast Diffusion EM*). With each it goes on: a little noise on the picture, a short diffusion back under
+# the kernel it has, then the kernel that fits that picture best among those the kernel prior believes, and again. Those
+# that still differ go on as long once more, and the one that leaves least unexplained wins. Then it restores the whole
+# picture with the kernel that it found and the image prior as a denoiser (*plug and play*).
 
 # %%
 if preset != "ci":
@@ -121,7 +122,8 @@ _ = display.record("00_quickstart", preset=preset, seed=seed, **figures)
 # - **Your own photograph**: set `photo = "my.jpg"` above (on Colab, upload it first), or, without a notebook,
 #   `python -m blindlib deblur my.jpg --out sharp.png`. The blur must be the same all over the picture: camera shake,
 #   a subject that moves as a whole, defocus.
-# - **Another draw**: change `seed`. The answer is a *sample* of what the photograph allows; where samples differ, the
-#   photograph does not say. `deblur(..., samples=4)` draws several and puts the one that explains it best first.
+# - **Other answers**: `deblur(blurred, samples=4)` follows four searches and restores with the kernel of each, the one
+#   that explains the photograph best first. Where they differ, the photograph does not say. (`seed` above changes the
+#   shake, too.)
 # - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` and
 #   `05_fast_diffusion_em` find the kernel too.

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Distribution matching: the blur of a thousand photographs, from no pair at all
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/06_distribution_matching.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/06_distribution_matching.ipynb)
 #
 # **What you will see.** A camera has a fault that blurs every picture in the same way. There are a thousand of its
 # pictures, and a hundred sharp ones that another camera took of *other* scenes. No picture exists twice. We learn the
@@ -48,11 +49,13 @@ import matplotlib.pyplot as plt
 import torch
 
 from blindlib import (
+    DPS,
     Blur,
     Moments,
     dead_leaves,
     deblur,
     display,
+    fast_em,
     fit_flow,
     gaussian_kernels,
     learn_operator,
@@ -61,17 +64,20 @@ from blindlib import (
     motion_kernels,
     psnr,
     retrieved_kernel,
+    sample,
     spectrum_kernel,
 )
 from blindlib.deblur import restore
+from blindlib.operators import seen
 
 sizes = {
     "ci": {"degraded": 60, "clean": 20, "side": 48, "kernel": 9, "patch": 16, "flow": 10, "steps": 10, "few": 6,
-           "batch": 8, "fit": 10, "held_out": 1, "seen": 48, "blind": 5, "width": 8},
+           "batch": 8, "fit": 10, "held_out": 1, "seen": 49, "blind": 5, "parallel": 4, "width": 8},
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
-            "batch": 32, "fit": 100, "held_out": 2, "seen": 96, "blind": 12, "width": 16},
+            "batch": 32, "fit": 100, "held_out": 2, "seen": 97, "blind": 12, "parallel": 100, "width": 16},
     "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 20_000, "steps": 5000,
-            "few": 2000, "batch": 256, "fit": 200, "held_out": 8, "seen": 256, "blind": 12, "width": 32},
+            "few": 2000, "batch": 256, "fit": 200, "held_out": 8, "seen": 257, "blind": 12, "parallel": 1000,
+            "width": 32},
 }[preset]  # fmt: skip
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
 window, side = sizes["kernel"], sizes["side"]
@@ -137,8 +143,8 @@ figure = display.show(
 #   It does not matter for sharpness; we put the centre of mass into the middle.
 # - **Direction: not from a Gaussian world.** A stationary Gaussian signal is known by its power spectrum, and a kernel
 #   $h = (1 - a, a)$ and the reversed $(a, 1 - a)$ have the same.
-# - **Direction: found from others.** Take independent values of a skewed distribution, so that a third moment does not
-#   vanish. With $y_n = (1 - a) x_n + a x_{n-1}$, third cumulant $\kappa_3$ and unit variance,
+# - **Direction: found from others.** Take independent values of mean zero, unit variance and third cumulant $\kappa_3$,
+#   those of a skewed distribution. With $y_n = (1 - a) x_n + a x_{n-1}$,
 #
 # $$ \mathbb E[y_n y_{n+1}] = a (1 - a), \qquad \mathbb E[y_n^2 y_{n+1}] = \kappa_3\, a (1 - a)^2 . $$
 #
@@ -146,7 +152,7 @@ figure = display.show(
 # do in two dimensions what skewness does here. Below, the mismatch of these moments for the truth $a = 0.3$:
 
 # %%
-a, true_a, skewness = torch.linspace(0, 1, 201), 0.3, 2.0  # 2: independent exponential values
+a, true_a, skewness = torch.linspace(0, 1, 201), 0.3, 2.0  # 2: exponential values less their mean
 
 
 def moments(a):
@@ -180,7 +186,13 @@ print(f"no mismatch of second moments at a = {zeros}, of all three at a = {one}"
 # $$ \mathbb E \Big[ \big( v_\theta(x_t, t) - v(x_t, t) \big)^{\!\top} \frac{\partial y}{\partial \theta} \Big],
 #    \qquad y = A_\theta(x) + n . $$
 #
-# Two networks, then. One learns $v$ from the degraded pictures, once. Its copy follows $v_\theta$ as $\theta$ moves.
+# Two networks, then. One learns $v$ from the degraded pictures. Its copy follows $v_\theta$ as $\theta$ moves.
+#
+# In two things we depart from the paper. There the first network stays as it is from here on; here it goes on learning
+# beside its copy. After minutes of training no network is at its end, and what only the copy went on to learn would
+# pass for a difference between the pictures. And each patch is brought to mean zero and the same contrast (`standard`):
+# scenes differ in brightness and contrast far more than blur changes them, and a hundred of them do not tell either
+# well.
 #
 # ## What is to be had without any network
 #
@@ -196,7 +208,9 @@ print(f"no mismatch of second moments at a = {zeros}, of all three at a = {one}"
 # $\langle S^* D \rangle / \langle |S|^2 \rangle$ is an average edge, and has a phase. We simulate the degraded set from
 # the clean one with a kernel, compare the moments in units of their error bars, and follow the gradient. This is the
 # *method of simulated moments*. Its mismatch is a $\chi^2$: near 1 where the sets cannot be told apart, for whatever
-# scenes. **So one can see without the truth whether a kernel is right.**
+# scenes. **So one can see without the truth whether a kernel is right.** Two things are taken for granted: that the
+# world looks the same in a mirror, which makes two of each clean scene, and that there are enough of them; with twenty
+# instead of a hundred the error bars come out too small, and the mismatch of the truth is far above 1.
 
 # %%
 zero_phase = spectrum_kernel(clean, degraded, noise_std=grey_noise, kernel_size=window).to(device)
@@ -209,7 +223,7 @@ start = moments.fit(retrieved, steps=sizes["fit"]).to(device)
 seconds_moments = time.perf_counter() - began
 first = {
     "zero phase": zero_phase, "retrieved phase": retrieved, "retrieved, turned": retrieved.flip(-2, -1),
-    "moments": start, "truth": kernel,
+    "moments": start, "truth": kernel, "truth, shifted": kernel.roll((1, 1), (-2, -1)),
 }  # fmt: skip
 mnc_first = {name: mnc(k, kernel).item() for name, k in first.items()}
 chi2 = {name: moments(k).tolist() for name, k in first.items()}
@@ -220,8 +234,10 @@ figure = display.show({f"{name}\nMNC {mnc_first[name]:.3f}": k[0] for name, k in
 _ = display.save_figure(figure, "06_matching_moments.png")
 
 # %% [markdown]
-# The spectrum alone hardly minds the turned kernel; edges do. (Of each moment there are two thousand numbers, so that a
-# tenth above 1 is already far outside the noise.)
+# The spectrum alone hardly minds the turned kernel; edges do. No moment minds the shifted one. (Of each moment there
+# are two thousand numbers, so that a tenth above 1 is already far outside the noise.) The kernel that was fitted has a
+# *smaller* mismatch than the truth: it follows the chance by which these hundred scenes differ from those thousand. So
+# it is the size of the sets that limits what can be known, not the fit.
 
 # %% [markdown]
 # ## The algorithm in plain PyTorch
@@ -334,9 +350,12 @@ print(f"so the {kept} counts: MNC {mnc_learned:.3f}, {mnc_shifted:.3f} after the
 
 # %% [markdown]
 # And from a blot, as one would start who knows nothing: a Gaussian. Here the networks have to find everything, as in
-# the paper, which gives them GPUs and hours.
+# the paper, which gives them GPUs and hours. Below, the MNC of both, and the mean square of $v_\theta - v$, the gap
+# that drives the kernel; it would be zero if the sets were alike, but for what the two networks still learn.
 
 # %%
+if preset != "ci":
+    print("two minutes on two CPU cores")
 blot = gaussian_kernels(1, window, std=(window / 5, window / 5), seed=0).to(device)
 from_blot = learn_operator(
     clean, degraded, blur, **common, start=blot, steps=sizes["few"], batch=sizes["batch"], learning_rate=4e-3,
@@ -371,27 +390,36 @@ print(f"MNC: blot {mnc(blot, kernel).item():.3f}, then networks {mnc_blot[-1].it
 #
 # Pictures of the same camera that were not among the thousand, restored with each of the kernels, by plug and play
 # (`dpir`: in turns the image that explains the measurement and the image prior as a denoiser). And what one can do with
-# a single picture: `deblur` finds a kernel from that picture alone, by Fast Diffusion EM, and restores in
-# the same way. Pictures are scored after their best shift, by quarters of a pixel: nothing tells where a kernel's
-# middle is.
+# a single picture: BlindDPS (notebook 02), Fast Diffusion EM (05), and `deblur`, which starts where that ends and
+# restores in the same way as above. Pictures are scored after their best shift, by quarters of a pixel: nothing tells
+# where a kernel's middle is.
 
 # %%
 if preset != "ci":
-    print("one to two minutes on two CPU cores")
-prior, seen = load_prior("image", device=device), sizes["seen"]
-held_out = scenes(sizes["held_out"], seen + grow, 1_000_000 * (seed + 1) + 900_000)
+    print("four to five minutes on two CPU cores")
+prior, kernel_prior = (load_prior(name, device=device) for name in ("image", "kernel"))
+side = sizes["seen"]
+held_out = scenes(sizes["held_out"], side + grow, 1_000_000 * (seed + 1) + 900_000)
 measured = noisy(blur(held_out, kernel), seed + 1)
-half = grow - window // 2
-truth = held_out[..., half : half + seen, half : half + seen]
+truth = held_out[..., *seen(held_out.shape[-2:], (window, window))]
 candidates = {"true kernel": kernel, "learned": found, "retrieved": retrieved, "zero phase": zero_phase}
 restored = {
     name: torch.cat([restore(y, k, prior, blur, noise_std) for y in measured.split(1)])
     for name, k in candidates.items()
 }
+steps, k = sizes["parallel"], kernel_prior.shape[-1]  # 32, which with 97 pixels seen makes an image of 128
+parallel = sample(measured, blur, {"image": prior, "kernel": kernel_prior}, steps=steps, seed=seed,
+                  guidance=DPS().respaced(steps, side))  # fmt: skip
+fast = fast_em(measured, prior, kernel_size=k, noise_std=noise_std, steps=30, boundary="valid", seed=seed)
 single = [deblur(y, rounds=sizes["blind"], noise_std=noise_std, seed=seed, device=device, progress=False)
           for y in measured.split(1)]  # fmt: skip
-restored["deblur, one picture"] = torch.cat([r.image for r in single]).to(device)
-mnc_single = [mnc(r.kernel, kernel.cpu()).item() for r in single]
+restored |= {
+    "one picture: BlindDPS": parallel.image[..., *seen(parallel.image.shape[-2:], (k, k))],
+    "one picture: FastEM": fast.image[..., *seen(fast.image.shape[-2:], (k, k))],
+    "one picture: deblur": torch.cat([r.image for r in single]).to(device),
+}
+single_kernels = {"BlindDPS": parallel.kernel, "FastEM": fast.kernel, "deblur": torch.cat([r.kernel for r in single])}
+mnc_single = {name: mnc(k.cpu(), kernel.cpu()).tolist() for name, k in single_kernels.items()}
 
 
 def score(x):
@@ -402,7 +430,7 @@ table = {"blurred": score(measured)} | {name: score(x) for name, x in restored.i
 print(f"mean PSNR of {len(truth)} pictures [dB]")
 for name, db in table.items():
     print(f"{name:22} {db:6.2f}")
-print("MNC of deblur's kernels:", ", ".join(f"{m:.2f}" for m in mnc_single))
+print("MNC of kernels from one picture:", "; ".join(n + "".join(f" {m:.2f}" for m in v) for n, v in mnc_single.items()))
 
 # %%
 shown = {}
@@ -414,6 +442,16 @@ figure = display.show(shown, columns=2 + len(restored), size=1.45)
 _ = display.save_figure(figure, "06_matching_restored.png")
 
 # %% [markdown]
+# A thousand pictures tell more of the kernel than one: what is restored with the learned kernel is a decibel and more
+# above the best that one picture gave by itself. BlindDPS has few steps here; where its kernel is wrong, the picture
+# is worse than the blurred one.
+#
+# The learned kernel is 0.7 dB below the true one. Is this seed a lucky one? The same up to the moments' kernel, with
+# other seeds and four pictures each: MNC 0.992, 0.991 and 0.983 (seeds 0 to 2, on which the method was developed),
+# 0.982, 0.981 and 0.981 (100 to 102, on which nothing was chosen); 0.4, 0.7 and 1.3 dB below the true kernel, and 0.6,
+# 1.6 and 0.5 dB. Wherever we looked, the mismatch of the kernel found was below that of the truth, as above: more
+# pictures, or larger ones, would bring it nearer; a better fit would not.
+#
 # ## Where it fails
 #
 # **The two sets must show the same world.** All that differs between them is blamed on the operator. Suppose that the
@@ -429,13 +467,14 @@ wrong = check.fit(start, steps=sizes["fit"] // 2).to(device)
 mnc_unsharp, chi2_unsharp = mnc(wrong, kernel).item(), check(wrong).max().item()
 again = torch.cat([restore(y, wrong, prior, blur, noise_std) for y in measured.split(1)])
 psnr_unsharp = score(again)
+shown_psnr = psnr(again[:1], truth[:1], max_shift=4, subpixel=4).item()
 print(f"largest mismatch with an unsharp clean set {chi2_unsharp:.2f}, with the right one {max(chi2['moments']):.2f}")
 figure = display.show(
     {
-        "clean set,\na bit blurred": grey(unsharp[0]),
+        "clean set,\na bit blurred": grey(unsharp[3]),
         "true kernel": kernel[0],
         f"learned\nMNC {mnc_unsharp:.2f}": wrong[0],
-        f"restored\n{psnr_unsharp:.1f} dB": again[0],
+        f"restored\n{shown_psnr:.1f} dB": again[0],
         "truth": truth[0],
     },
     size=1.8,

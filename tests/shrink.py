@@ -1,4 +1,7 @@
-"""``make figures``: keeps an executed notebook under its megabyte. Pictures get 256 colours, widgets' state goes."""
+"""``make figures``: keeps an executed notebook under its megabyte, and its progress bars to what they came to.
+
+Pictures get 256 colours, the widgets' state goes.
+"""
 
 import base64
 import io
@@ -15,11 +18,17 @@ def main() -> None:
             notebook.metadata.pop(key, None)
         for cell in notebook.cells:
             cell.metadata.pop("papermill", None)
+            if bars := [o for o in cell.get("outputs", []) if o.get("name") == "stderr"]:
+                lines = "".join(o.text for o in bars).split("\n")
+                bars[0].text = "\n".join(line.split("\r")[-1] for line in lines)
+                cell.outputs = [o for o in cell.outputs if o is bars[0] or o.get("name") != "stderr"]
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}):
-                    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+                    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+                    if picture.mode == "P":
+                        continue
                     small = io.BytesIO()
-                    picture.quantize(256).save(small, "PNG", optimize=True)
+                    picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
                     output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
         nbformat.write(notebook, path)
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_pair(script):
         for nb in (jupytext.read(script), jupytext.read(script.with_suffix(".ipynb")))
     ]
     assert cells[0] == cells[1]
+
+
+@each_notebook
+def test_solutions_are_closed(script):
+    """An open fold would swallow the exercises after it."""
+    tags = re.findall(r"</?details>", script.read_text())
+    assert tags == ["<details>", "</details>"] * (len(tags) // 2)
 
 
 @each_notebook
