@@ -76,7 +76,7 @@ from blindlib.operators import warp
 
 sizes = {
     "ci": {"side": 64, "photos": 1, "frames": 3, "samples": 2, "plain": 4, "steps": 8, "texts": 2, "rounds": 1,
-           "step_sizes": (5,), "panel": (1.0,)},
+           "step_sizes": (1,), "panel": (1.0,)},
     "cpu": {"side": 64, "photos": 2, "frames": 8, "samples": 2, "plain": 20, "steps": 40, "texts": 3, "rounds": 12,
             "step_sizes": (1, 5, 20), "panel": (0.5, 1.0, 2.0)},
     "gpu": {"side": 128, "photos": 4, "frames": 16, "samples": 6, "plain": 50, "steps": 200, "texts": 8, "rounds": 12,
