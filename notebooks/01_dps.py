@@ -449,9 +449,9 @@ figure = display.show(pictures, columns=4, size=1.9)
 
 # %% [markdown]
 # The wrong kernel brings false contours, and costs two decibels against doing nothing. The residual of DPS does not
-# notice, it is as near to 1 as in a success: a flexible image can explain almost anything. (That of DiffPIR, 1.14
-# where a success leaves 1.05, does a little.) Under heavy noise the two score alike, but DPS has taken some of the noise for signal, and
-# shows it as speckle.
+# notice, it is as near to 1 as in a success: a flexible image can explain almost anything. (That of DiffPIR, 1.14 where
+# a success leaves 1.05, does a little.) Under heavy noise the two score alike, but DPS has taken some of the noise for
+# signal, and shows it as speckle.
 #
 # The first failure is the ordinary case. Nobody records how a hand shook, so in practice the kernel is unknown, and a
 # guess is wrong. The next notebook, `02_parallel_operator_diffusion`, gives the kernel a diffusion prior of its own and
