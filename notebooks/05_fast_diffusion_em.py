@@ -532,8 +532,8 @@ for level in (5, 10, 20):
 #   of sixteen: they are smoother, and what is bright at a wrong place costs a square. (Thirty steps are even with it,
 #   `deblur` is better on fifteen.) And where EM does not reach: operators for which there is no M-step yet, such as
 #   turbulence, and answers that should say how sure they are.
-# - **When nobody wins.** At noise 20 no way finds the kernel: MNC 0.5 to 0.65. And the parallel sampler's returns, which
-#   help at low noise (notebook 02), lead it astray at noise 10, to 2.6 (0.7) dB *below* the blurred picture.
+# - **When nobody wins.** At noise 20 no way finds the kernel: MNC 0.5 to 0.65. And the parallel sampler's returns,
+#   which help at low noise (notebook 02), lead it astray at noise 10, to 2.6 (0.7) dB *below* the blurred picture.
 #
 # **Where the order differs from the paper's.** There, on faces with a prior of faces, at 5 to 20 of 255, FastEM-PiGDM
 # has 25.7 dB, FastEM-DPS 24.7, BlindDPS 24.1 and DiffEM-PiGDM 23.4; the square error of the kernels is 1.1e-5 for
