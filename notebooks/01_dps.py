@@ -466,7 +466,7 @@ figure = display.show(pictures, columns=4, size=1.9)
 few = max(steps // 4, 5)
 if preset != "ci":
     print("about a minute on two CPU cores, minutes on a GPU at full size")
-shakes = {"short": motion_kernels(1, 32, extent=(0.15, 0.2), seed=seed + 1), "long": kernel.cpu()}
+shakes = {"short": motion_kernels(1, side // 2, extent=(0.15, 0.2), seed=seed + 1), "long": kernel.cpu()}
 keys = [(name, shake, level) for name in list(photos)[:2] for shake in shakes for level in (0.02, 0.2)]
 clean = torch.cat([truth[list(photos).index(name)][None] for name, _, _ in keys])
 moved = torch.cat([shakes[shake] for _, shake, _ in keys]).to(device)
