@@ -14,8 +14,7 @@
 # %% [markdown]
 # # A blurred photograph made sharp
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/00_quickstart.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/00_quickstart.ipynb)
 #
 # **What you will see.** A photograph that was blurred by a motion nobody recorded goes in. The sharp photograph
 # and the *blur kernel*, the path that the camera drew, come out. Both are unknown; a diffusion model for each

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Diffusion posterior sampling: the known kernel
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/01_dps.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/01_dps.ipynb)
 #
 # **What you will see.** A photograph was blurred, and for once we know by which kernel. A diffusion model, which only
 # ever learned to take noise out of pictures, is turned into a deblurring method by one extra line in its sampling loop.

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Parallel diffusion of image and operator: two priors, one residual
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/02_parallel_operator_diffusion.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/02_parallel_operator_diffusion.ipynb)
 #
 # **What you will see.** A photograph was blurred and nobody knows how. Two diffusion models, one of photographs and one
 # of blur kernels, start from noise and walk side by side towards a sharp picture *and* the motion that blurred it. We

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Scale space: why a blind diffusion goes from coarse to fine
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/03_scale_space.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/03_scale_space.ipynb)
 #
 # **What you will see.** A diffusion's noise level is a *scale*. We show it on densities that can be written down, where
 # every posterior mean is exact, then measure it on the shipped priors while they deblur a photograph blindly: at each

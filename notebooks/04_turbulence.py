@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Turbulence: three unknowns in parallel
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/04_turbulence.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/04_turbulence.ipynb)
 #
 # **What you will see.** Through hot air a scene is bent and blurred. Three diffusions, of the image, the kernel and the
 # tilt of every pixel, walk side by side. We write the loop of the paper in plain PyTorch, find out why one step size
@@ -304,8 +303,8 @@ print(f"largest difference of any number in image, kernel or tilt: {agreement:.1
 # smooth over two pixels; $v_t$ is the variance that the diffusion still allows. The image is pulled in the same manner,
 # by the proximal map that DiffPIR uses. No derivative of these two networks is needed, which makes a step cheaper. In
 # blindlib: `Turbulence.solve_tilt`, `Turbulence.solve`, and `DPS.turbulence()`, in which two numbers had to be found by
-# trial: the tilt is *released* once the noise level $\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}$ is below 0.3 (from $t =
-# 87$ on), when the image has edges, and the image is pulled with twice the *caution*, since its operator is still
+# trial: the tilt is *released* once the noise level $\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}$ is below 0.3 (from
+# $t = 87$ on), when the image has edges, and the image is pulled with twice the *caution*, since its operator is still
 # wrong.
 #
 # **The oracle.** Image and kernel known, the tilts sought: what is the most that can be found?

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Distribution matching: the blur of a thousand photographs, from no pair at all
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/06_distribution_matching.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/06_distribution_matching.ipynb)
 #
 # **What you will see.** A camera has a fault that blurs every picture in the same way. There are a thousand of its
 # pictures, and a hundred sharp ones that another camera took of *other* scenes. No picture exists twice. We learn the

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Space-varying blur and super-resolution: operators with more to them than one kernel
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/07_space_varying_and_superresolution.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/07_space_varying_and_superresolution.ipynb)
 #
 # **What you will see.** Real blur is not the same everywhere. A camera that rolls smears the corners more than the
 # middle, and a lens at full aperture is sharp only on its axis, for one colour. From pictures *without any pair* we
@@ -464,14 +463,14 @@ figure = display.show({f"{n}\nMNC {mnc(k, blurs['coffee']).item():.2f}": k[0] fo
 # Any place of the field, and the PSF that was learned there:
 
 # %%
-places = {}
+places, learned_mnc = {}, likeness(found, psfs)
 for i in range(grid[0]):
     for j in range(grid[1]):
         h, w = (length // n for length, n in zip(truth.shape[-2:], grid, strict=True))
         cut = (slice(None), slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
         places[i + 1, j + 1] = {
             "blurred": measured[0][cut], "restored": restored["learned"][0][cut], "truth": truth[0][cut],
-            f"learned PSF, MNC {likeness(found, psfs)[i, j]:.2f}": found[0, i, j], "true PSF": psfs[0, i, j],
+            f"learned PSF, MNC {learned_mnc[i, j]:.2f}": found[0, i, j], "true PSF": psfs[0, i, j],
         }  # fmt: skip
 display.chooser(places, ["row", "column"])
 
