@@ -148,7 +148,7 @@ def _learn_operator(a: argparse.Namespace) -> str:
     if a.kernel_out is not None:
         check_output(a.kernel_out)
     check_counts(**_given(a, "kernel_size", "flow_steps", "steps", "batch", "crop"))
-    check_noise(a.noise_std)
+    check_noise(a.noise_std, optional=True)
     first = Team(a.device).rank == 0
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print

@@ -1,8 +1,9 @@
-"""Checks of numbers, with errors that name the argument, what is expected and what came."""
+"""Checks of arguments, with errors that name the argument, what is expected and what came."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral
 
 
@@ -20,7 +21,15 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name}: expected a positive number, got {value}")
 
 
-def check_noise(noise_std: float | None) -> None:
-    """ValueError if it is no standard deviation on the [-1, 1] scale; None stands for one that is to be found."""
-    if noise_std is not None and not 0 <= noise_std < 1:
+def check_noise(noise_std: float | None, *, optional: bool = False) -> None:
+    """ValueError if it is no standard deviation on the [-1, 1] scale; where ``optional``, None is to be found."""
+    if noise_std is None and optional:
+        return
+    if noise_std is None or not 0 <= noise_std < 1:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
+
+
+def check_priors(priors: Mapping[str, object], *names: str) -> None:
+    """ValueError that names those that are missing."""
+    if missing := [name for name in names if name not in priors]:
+        raise ValueError(f"priors: none for {', '.join(missing)}")

@@ -17,13 +17,13 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts
+from blindlib.checks import check_counts, check_priors
 from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
-from blindlib.priors import DiffusionPrior, Prior, load_prior, pick_device
+from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
@@ -197,12 +197,6 @@ def deblur(
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
-
-
-def check_priors(priors: Mapping[str, Prior], *names: str) -> None:
-    """ValueError that names those that are missing."""
-    if missing := [name for name in names if name not in priors]:
-        raise ValueError(f"priors: none for {', '.join(missing)}")
 
 
 def _check_known(kernel: Tensor) -> None:

@@ -416,7 +416,7 @@ def learn_operator(
     check_counts(steps=steps, batch=batch, patch=patch, kernel_size=kernel_size)
     if kernel_size > patch:
         raise ValueError(f"kernel_size: a kernel of {kernel_size} pixels is larger than the patch, {patch}")
-    check_noise(noise_std)
+    check_noise(noise_std, optional=True)
     if noise_std is None and start is not None:
         raise ValueError("noise_std: has to be given with a start; only the fit that finds a start finds the noise too")
     if centre <= 0 or compact < 0:
@@ -626,7 +626,7 @@ class Moments:
         seed: int = 0,
         device: str | torch.device = "auto",
     ) -> None:
-        check_noise(noise_std)
+        check_noise(noise_std, optional=True)
         self.operator = _operator(operator)
         if isinstance(self.operator, SpaceVaryingBlur):
             raise TypeError("operator: a SpaceVaryingBlur has the moments of each cell, FieldMoments")
@@ -756,7 +756,7 @@ class FieldMoments:
         self.field, self.grid = _field(self.degraded), tuple(grid)
         self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
         self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
-        check_noise(noise_std)
+        check_noise(noise_std, optional=True)
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std)
 
     def retrieved(self) -> Tensor:

@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.checks import check_counts
-from blindlib.deblur import ROUNDS, check_priors, estimate_noise, find_kernels
+from blindlib.checks import check_counts, check_priors
+from blindlib.deblur import ROUNDS, estimate_noise, find_kernels
 from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior
 from blindlib.sampler import DiffPIR, Result, sample

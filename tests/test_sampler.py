@@ -293,6 +293,7 @@ def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
     [
         (lambda: PiGDM(-0.1), r"noise_std: expected a number in \[0, 1\).*got -0.1"),
         (lambda: PiGDM(0.1, data_std=0.0), "data_std: expected a positive number, got 0.0"),
+        (lambda: PiGDM(None), "noise_std: expected a number in .*got None"),
         (lambda: DiffPIR(math.nan), "noise_std: expected a number in .*got nan"),
         (lambda: DiffPIR(0.1, strength=math.inf), "strength: expected a positive number, got inf"),
         (lambda: DiffPIR(0.1, eta=1.5), r"eta: expected a number in \[0, 1\], got 1.5"),
