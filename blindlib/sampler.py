@@ -29,8 +29,8 @@ Latents = dict[str, Tensor]
 # Root mean square of a latent in a run that has diverged: diffusion variables lie in [-1, 1], noise has variance 1.
 LARGEST = 10.0
 
-# Of DPS, for 1000 steps; `DPS.respaced` adapts them to fewer.
-STEP_SIZE = {"image": 2.0, "kernel": 2.0, "tilt": 1.0}
+# Of DPS, for 300 steps and more; `DPS.respaced` adapts them to fewer.
+STEP_SIZE = {"image": 20 / 3, "kernel": 20 / 3, "tilt": 10 / 3}
 LEAD = 2.0
 
 
@@ -101,16 +101,17 @@ class DPS:
     def respaced(self, steps: int, side: float = 64) -> DPS:
         """The same guidance for ``steps`` steps instead of 1000 and measurements of ``side`` x ``side`` pixels.
 
-        Step sizes grow by 1000 / steps, at most fivefold: fewer steps are to cover the same way, but with longer ones
-        the first would overshoot. The image's grows with the side, the others' shrink: the gradient of a norm over N
-        pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share. A step size
-        that is one number for all latents does not follow the side.
+        A step size that is one number for all latents, as in the publications, grows by 1000 / steps, at most fivefold:
+        fewer steps are to cover the same way, but with longer ones the first would overshoot. Sizes by name, as the
+        defaults, are as long as a step may be at any number of steps; those of fewer than 300 have to be longer still,
+        by 300 / steps and at most by half. The image's grows with the side too, the others' shrink: the gradient of a
+        norm over N pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share.
         """
-        gain, size = min(1000 / steps, 5), self.step_size
-        if isinstance(size, Mapping):
-            size = {name: gain * s * (side / 64 if name == "image" else 64 / side) for name, s in size.items()}
+        if isinstance(self.step_size, Mapping):
+            gain, wide = min(max(300 / steps, 1), 1.5), side / 64
+            size = {name: gain * s * (wide if name == "image" else 1 / wide) for name, s in self.step_size.items()}
         else:
-            size = gain * size
+            size = min(1000 / steps, 5) * self.step_size
         return replace(self, step_size=size)
 
     def __call__(

@@ -272,7 +272,7 @@ print(f"largest difference of any pixel, of image or kernel: {agreement:.1e}")
 # ## The experiment
 #
 # One photograph, a long run. From here on we use the library's default guidance, `DPS()`. It differs in four ways
-# from the loop above. Both steps are twice as long. The kernel *leads*: at any time it carries half the image's noise,
+# from the loop above. Both steps are longer. The kernel *leads*: at any time it carries half the image's noise,
 # and is meant to take shape first. Its few bright pixels drown in noise that still leaves a whole image's shapes to be
 # seen. The kernel follows the *finite differences* of the residual: photographs
 # are strongest at low frequencies, where all kernels look alike, and differences give the fine ones a voice. And the

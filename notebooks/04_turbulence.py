@@ -328,9 +328,10 @@ def tilts_found(guidance):
 
 tilt_none = tilt_score(0 * true_tilts, true_tilts, truth)
 oracle, tilt_oracle = tilts_found(DPS(solved=("tilt",)))
-by_gradient = {size: tilts_found(DPS(step_size={"tilt": size}))[1] for size in sizes["step_sizes"]}
+default = DPS().step_size["tilt"]
+by_gradient = {times: tilts_found(DPS(step_size={"tilt": times * default}))[1] for times in sizes["step_sizes"]}
 print(f"tilt error [pixels]: none {tilt_none:.2f}, Gauss-Newton {tilt_oracle:.2f}")
-print("gradient, step size " + ", ".join(f"{size:g}: {error:.2f}" for size, error in by_gradient.items()))
+print("gradient, default step size times " + ", ".join(f"{n:g}: {error:.2f}" for n, error in by_gradient.items()))
 
 # %% [markdown]
 # No step size of the gradient comes near. And even with the scene given, what is left is not zero: along an edge, and

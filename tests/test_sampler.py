@@ -517,13 +517,15 @@ def test_nan_in_any_latent_stops_the_run_even_at_the_last_step(small_priors, y, 
         sample(y, Blur(), small_priors, steps=5, guidance=guidance)
 
 
-def test_respaced_steps_grow_fivefold_at_most_and_follow_the_side():
+def test_respaced_steps_grow_and_follow_the_side():
     dps = DPS(step_size={"image": 2.0, "kernel": 3.0})
-    assert dps.respaced(1000) == dps
-    assert dps.respaced(400).step_size == {"image": 5.0, "kernel": 7.5}
-    assert dps.respaced(100).step_size == {"image": 10.0, "kernel": 15.0}
-    assert dps.respaced(500, side=128).step_size == {"image": 8.0, "kernel": 3.0}
-    assert DPS(step_size=0.5).respaced(500, side=128).step_size == 1.0
+    assert dps.respaced(1000) == dps.respaced(300) == dps
+    assert dps.respaced(200).step_size == {"image": 3.0, "kernel": 4.5}
+    assert dps.respaced(100).step_size == {"image": 3.0, "kernel": 4.5}
+    assert dps.respaced(500, side=128).step_size == {"image": 4.0, "kernel": 1.5}
+    published = DPS(step_size=0.5)
+    assert published.respaced(1000) == published
+    assert [published.respaced(steps, side=128).step_size for steps in (500, 100)] == [1.0, 2.5]
 
 
 def test_diffpir_needs_a_solver(small_priors, y):
