@@ -36,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         help="where to write the sharp photograph; never over the input; in a folder, what is there is not done again",
     )
     p.add_argument("--kernel-out", type=Path, help="write the kernel of a photograph as a picture too")
+    p.add_argument(
+        "--error-out",
+        type=Path,
+        help="write a picture of how wrong each pixel may be too: black not at all, white by a quarter of the range",
+    )
     where = p.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, help="photographs of a folder at a time; -1: one on each core (default: 1)")
     where.add_argument(
@@ -103,23 +108,26 @@ def _deblur(a: argparse.Namespace) -> str:
         raise ValueError(f"jobs, cluster: expected a folder of photographs, got {str(a.photo)!r}")
     if not a.photo.is_file():
         raise FileNotFoundError(f"photo: no file or folder {str(a.photo)!r}")
-    if a.kernel_out is not None and a.kernel_out.resolve() == a.out.resolve():
-        raise ValueError(f"kernel-out: {a.out} is where the photograph goes; name another file")
-    for out in (a.out, a.kernel_out):
-        if out is not None and out.exists() and out.samefile(a.photo):
-            raise ValueError(f"out: {out} is the photograph itself; name another file")
-        if out is not None:
-            check_output(out)
-    result = deblur(a.photo, progress=not a.quiet, **_options(a))
+    outs = _given(a, "out", "kernel_out", "error_out")
+    for name, out in outs.items():
+        option = name.replace("_", "-")
+        if any(out.resolve() == other.resolve() for key, other in outs.items() if key != name):
+            raise ValueError(f"{option}: {out} is named twice; name another file")
+        if out.exists() and out.samefile(a.photo):
+            raise ValueError(f"{option}: {out} is the photograph itself; name another file")
+        check_output(out)
+    result = deblur(a.photo, error=a.error_out is not None, progress=not a.quiet, **_options(a))
     result.save(a.out)
+    if result.error is not None:
+        write_image(4 * result.error - 1, a.error_out)
     if a.kernel_out is not None:
         _write_kernel(result.kernel, a.kernel_out)
     return f"{a.out}: done in {result.figures['seconds']:.0f} s"
 
 
 def _deblur_folder(a: argparse.Namespace) -> str:
-    if a.kernel_out is not None:
-        raise ValueError("kernel-out: is of one photograph; with a folder leave it out")
+    for name in _given(a, "kernel_out", "error_out"):
+        raise ValueError(f"{name.replace('_', '-')}: is of one photograph; with a folder leave it out")
     where = _given(a, "jobs", "cluster")
     say = (lambda line: None) if a.quiet else partial(print, flush=True)
     failed = deblur_folder(a.photo, a.out, say=say, **where, **_options(a))

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_priors
+from blindlib.checks import check_counts, check_positive, check_priors
 from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -39,6 +39,8 @@ ROUND_STEPS = 6
 SAME = 0.97
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
 SHARP = 0.9
+# Error over the spread of posterior samples (`expected_error`), the kernel known or found: `tests/calibration.py`.
+KNOWN, FOUND = 1.5, 2.5
 
 # To be written: those that keep every pixel and any size.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -67,6 +69,9 @@ class Deblurred:
         ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; ``crop``, where a kernel was
         sought: top, left, height and width of the part that it was read from; ``residual``: root mean square of what
         image and kernel leave unexplained.
+    error : Tensor, shape (1, 1, H, W), optional
+        Root mean square error of ``image`` that is to be expected at each pixel, on the [-1, 1] scale, if it was asked
+        for; see :func:`expected_error`.
     """
 
     image: Tensor
@@ -75,6 +80,7 @@ class Deblurred:
     kernels: Tensor
     blurred: Tensor
     figures: dict
+    error: Tensor | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the sharp photograph, whole or not at all; the suffix of ``path`` gives the format."""
@@ -88,6 +94,7 @@ def deblur(
     rounds: int = ROUNDS,
     starts: int = 1,
     samples: int = 1,
+    error: bool = False,
     boundary: str = "valid",
     noise_std: float | None = None,
     max_size: int | None = 1024,
@@ -112,13 +119,15 @@ def deblur(
         [-1, 1].
     kernel : Tensor, shape (1, 1, K, K), optional
         The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K). Nothing is sought then, and
-        ``rounds``, ``starts``, ``samples``, ``crop`` and ``seed`` are of no use.
+        ``rounds``, ``starts``, ``samples`` and ``crop`` are of no use.
     rounds : int
         Of EM, each a short run of the image's diffusion and an M-step; see :func:`find_kernels`.
     starts : int
         Kernels that are sought, of which ``samples`` are kept; at least as many.
     samples : int
         How many of the runs are kept, those whose kernels explain the photograph best, each with its restoration.
+    error : bool
+        Estimate how wrong the picture may be, pixel by pixel: ten times the evaluations of a restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
         ``"valid"`` is right for photographs; the others for measurements that were simulated so.
     noise_std : float, optional
@@ -193,10 +202,17 @@ def deblur(
         y if as_it_is else restore(y, k[None], priors["image"], blur, std, progress=progress)
         for k, std, as_it_is in zip(kernels, stds, sharp, strict=True)
     ]
-    images = torch.cat(images)
+    images, wrong = torch.cat(images), None
+    if error and sharp[0]:
+        wrong = torch.full_like(y[:, :1], noise_std, device="cpu")
+    elif error:
+        factor = FOUND if kernel is None else KNOWN
+        wrong = expected_error(
+            y, kernels[:1], priors["image"], blur, stds[0], factor=factor, seed=seed, progress=progress
+        ).cpu()
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
-    return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures)
+    return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures, wrong)
 
 
 def _check_known(kernel: Tensor) -> None:
@@ -331,14 +347,83 @@ def restore(
     Tensor, shape (1, 3, H, W), with Downsample's factor f (1, 3, f H, f W)
         The scene where ``y`` saw it.
     """
+    return _in_pieces(
+        lambda piece, known: dpir(piece, known, prior, noise_std, steps=steps),
+        y, kernel, prior, operator, tile, "restoring" if progress else None,
+    )  # fmt: skip
+
+
+def expected_error(
+    y: Tensor,
+    kernel: Tensor,
+    prior: DiffusionPrior,
+    operator: Blur | SpaceVaryingBlur | Downsample,
+    noise_std: float,
+    *,
+    factor: float = KNOWN,
+    samples: int = 4,
+    steps: int = 20,
+    tile: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """How wrong :func:`restore` may be, pixel by pixel: the standard deviation of posterior samples, made to be true.
+
+    Samples by :class:`~blindlib.DiffPIR` disagree where a picture's details are guesses, but by too little: they leave
+    out that the data step is uncertain, and no prior is perfect. How much too little hardly depends on the place, so
+    that one factor mends it, which is measured where the truth is known.
+
+    Parameters
+    ----------
+    y, kernel, prior, operator, noise_std, tile, progress
+        As of :func:`restore`.
+    factor : float
+        What the standard deviation is multiplied by. The default is for a kernel that is known; ``FOUND`` is for one of
+        :func:`find_kernels`, whose own error comes on top. Both were measured by ``python tests/calibration.py``.
+    samples : int
+        At least 2. Their number is made up for by the mean over colours and 5 x 5 pixels.
+    steps : int
+        Network evaluations of each sample.
+    seed : int
+
+    Returns
+    -------
+    Tensor, shape (B, 1, H, W), with Downsample's factor f (B, 1, f H, f W)
+        Root mean square error to be expected, on the [-1, 1] scale.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+    """
+    check_counts(samples=samples, steps=steps)
+    check_positive(factor=factor)
+    if samples < 2:
+        raise ValueError(f"samples: expected at least 2, got {samples}")
+    settings = dict(steps=steps, samples=samples, seed=seed, guidance=DiffPIR(noise_std, strength=1.0))
+
+    def variance(piece: Tensor, known: Callable) -> Tensor:
+        return sample(piece, known, {"image": prior}, **settings).posterior("image").var(1)
+
+    title = "measuring what samples disagree on" if progress else None
+    found = _in_pieces(variance, y, kernel, prior, operator, tile, title).mean(1, keepdim=True)
+    return factor * F.avg_pool2d(found, 5, stride=1, padding=2, count_include_pad=False).sqrt()
+
+
+def _in_pieces(
+    undo: Callable[[Tensor, Callable], Tensor],
+    y: Tensor,
+    kernel: Tensor,
+    prior: DiffusionPrior,
+    operator: Blur | SpaceVaryingBlur | Downsample,
+    tile: int,
+    title: str | None,
+) -> Tensor:
+    """``undo(piece, known operator)`` for all pieces of ``y``, blended; see :func:`restore`."""
     varying, factor = isinstance(operator, SpaceVaryingBlur), getattr(operator, "factor", 1)
-
-    def undone(y: Tensor, k: Tensor, **place: object) -> Tensor:
-        known = partial(operator, **{"psfs" if varying else "kernel": k}, **place)
-        return dpir(y, known, prior, noise_std, steps=steps)
-
+    name = "psfs" if varying else "kernel"
     if operator.boundary != "valid":
-        return undone(y, kernel)
+        return undo(y, partial(operator, **{name: kernel}))
     if len(y) != 1:
         raise ValueError(f"y: expected one picture (1, 3, H, W), got {tuple(y.shape)}")
     k, sizes = kernel.shape[-1], y.shape[-2:]
@@ -347,13 +432,14 @@ def restore(
     pieces = [(top, left) for top in spans[0] for left in spans[1]]
     out = y.new_zeros(1, 3, *(factor * side for side in sizes))
     weight = torch.zeros_like(out[:, :1])
-    for (top, bottom), (left, right) in bar(pieces, "restoring", progress and len(pieces) > 1, unit="piece"):
+    for (top, bottom), (left, right) in bar(pieces, title, title is not None and len(pieces) > 1, unit="piece"):
         piece = y[..., top:bottom, left:right]
         # A border of zeros on the kernel makes the scene a little larger, up to a size that the prior takes.
         grow = [-(factor * side + k - 1) % prior.stride for side in piece.shape[-2:]]
         before = [(k + g) // 2 - k // 2 for g in grow]  # keeps the centre at the centre
         grown = F.pad(kernel, (before[1], grow[1] - before[1], before[0], grow[0] - before[0]))
-        scene = undone(piece, grown, **({"part": (top, left, *sizes)} if varying else {}))
+        place = {"part": (top, left, *sizes)} if varying else {}
+        scene = undo(piece, partial(operator, **{name: grown}, **place))
         inner = scene[..., *seen(scene.shape[-2:], grown.shape[-2:])]
         there = (..., slice(factor * top, factor * bottom), slice(factor * left, factor * right))
         ramp = _ramp(inner.shape[-2], k, y)[:, None] * _ramp(inner.shape[-1], k, y)

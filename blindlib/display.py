@@ -210,6 +210,26 @@ def record(notebook: str, **figures: object) -> Path:
     return target
 
 
+def maps(named: Mapping[str, Tensor], *, size: float = 2.6) -> Figure:
+    """Errors or spreads (..., H, W) side by side in one scale of colours, titled by the mapping's keys.
+
+    The scale ends where a hundredth of the values of the largest lies beyond.
+    """
+    import matplotlib.pyplot as plt
+
+    values = {title: x.detach().cpu().reshape(x.shape[-2:]) for title, x in named.items()}
+    figure, axes = plt.subplots(
+        1, len(values), figsize=(size * len(values) + 0.8, size + 0.25), layout="constrained", squeeze=False
+    )
+    top = max(float(x.quantile(0.99)) for x in values.values())
+    for axis, (title, x) in zip(axes.flat, values.items(), strict=True):
+        drawn = axis.imshow(x, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.axis("off")
+    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    return figure
+
+
 def spread(samples: Tensor) -> Tensor:
     """Standard deviation over posterior samples (n, C, H, W) as one picture (1, H, W): where they disagree."""
     return torch.std(samples.detach().cpu(), dim=0).mean(0, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,20 +37,31 @@ def psnr(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> Tenso
     ValueError
         If shapes differ, are not (B, C, H, W), or leave nothing between the borders; if ``subpixel`` is not positive.
     """
+    moved, inner = aligned(x, ref, max_shift, subpixel)
+    return 10 * torch.log10(4 / (moved - inner).square().mean((1, 2, 3)).clamp(min=1e-12))
+
+
+def aligned(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> tuple[Tensor, Tensor]:
+    """``x`` after the shift that brings it nearest to ``ref``, and ``ref``, both without a border of ``max_shift``.
+
+    Arguments and errors are those of :func:`psnr`; both have the shape (B, C, H - 2 max_shift, W - 2 max_shift).
+    """
     if x.shape != ref.shape or x.ndim != 4:
         raise ValueError(f"x: expected the shape of ref, {tuple(ref.shape)}, of rank 4; got {tuple(x.shape)}")
     m, (h, w) = max_shift, x.shape[-2:]
     if m < 0 or 2 * m >= min(h, w):
         raise ValueError(f"max_shift: expected 0 <= max_shift < {min(h, w) / 2}, got {max_shift}")
     inner = ref[..., m : h - m, m : w - m]
-    errors = [
-        (moved[..., m + dy : h - m + dy, m + dx : w - m + dx] - inner).square().mean((1, 2, 3))
-        for down, right in _fractions(subpixel)[: None if m else 1]
-        for moved in [_moved(x, down, right)]
-        for dy in range(-m + (down > 0), m + 1)
-        for dx in range(-m + (right > 0), m + 1)
-    ]
-    return 10 * torch.log10(4 / torch.stack(errors).amin(0).clamp(min=1e-12))
+    best, least = torch.empty_like(inner), torch.full((len(x),), math.inf, device=x.device)
+    for down, right in _fractions(subpixel)[: None if m else 1]:
+        moved = _moved(x, down, right)
+        for dy in range(-m + (down > 0), m + 1):
+            for dx in range(-m + (right > 0), m + 1):
+                here = moved[..., m + dy : h - m + dy, m + dx : w - m + dx]
+                error = (here - inner).square().mean((1, 2, 3))
+                best = torch.where((error < least)[:, None, None, None], here, best)
+                least = torch.minimum(error, least)
+    return best, inner
 
 
 def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
@@ -84,6 +96,70 @@ def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
     peak = torch.stack([torch.fft.irfft2(one, s=size).amax((1, 2, 3)) for one in shifted]).amax(0)
     norms = kernel.double().flatten(1).norm(dim=1) * ref.double().flatten(1).norm(dim=1)
     return (peak / norms.clamp(min=1e-30)).float()
+
+
+def ranks(samples: Tensor, truth: Tensor) -> Tensor:
+    """How often the truth is above none, one, ..., all of n posterior samples.
+
+    If truth and samples are draws from one and the same distribution, all n + 1 ranks are equally frequent: the test
+    of simulation-based calibration (Talts et al., arXiv 1804.06788). Frequent ends mean samples that lie too close to
+    one another; a frequent middle, samples that lie too far apart.
+
+    Parameters
+    ----------
+    samples : Tensor, shape (B, n, C, H, W)
+    truth : Tensor, shape (B, C, H, W)
+
+    Returns
+    -------
+    Tensor, shape (B, n + 1)
+        Frequencies, of sum 1. The first and last are the share of values outside the samples' range, 2 / (n + 1) if all
+        is well. Where the truth equals samples, its possible ranks share it.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit.
+    """
+    _check_samples(samples, truth, 1)
+    below, up_to = (samples < truth[:, None]).sum(1), (samples <= truth[:, None]).sum(1)
+    share = 1 / (up_to - below + 1)
+    return torch.stack(
+        [torch.where((below <= i) & (i <= up_to), share, 0).mean((1, 2, 3)) for i in range(samples.shape[1] + 1)], dim=1
+    )
+
+
+def error_over_spread(samples: Tensor, truth: Tensor) -> Tensor:
+    """Root mean square error of the mean of n posterior samples, over that which their own spread predicts.
+
+    1 if truth and samples are draws from one distribution, whose mean n draws miss by ``sqrt(1 + 1 / n)`` standard
+    deviations; above 1 the samples are too sure of themselves.
+
+    Parameters
+    ----------
+    samples : Tensor, shape (B, n, C, H, W), n at least 2
+    truth : Tensor, shape (B, C, H, W)
+
+    Returns
+    -------
+    Tensor, shape (B,)
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit.
+    """
+    _check_samples(samples, truth, 2)
+    variance = (1 + 1 / samples.shape[1]) * samples.var(1).mean((1, 2, 3))
+    return ((samples.mean(1) - truth).square().mean((1, 2, 3)) / variance.clamp(min=1e-30)).sqrt()
+
+
+def _check_samples(samples: Tensor, truth: Tensor, least: int) -> None:
+    if samples.ndim != 5 or samples[:, 0].shape != truth.shape or samples.shape[1] < least:
+        raise ValueError(
+            f"samples: expected shape (B, n, C, H, W) with n >= {least}, for a truth (B, C, H, W) of "
+            f"{tuple(truth.shape)}; got {tuple(samples.shape)}"
+        )
 
 
 def _fractions(subpixel: int) -> list[tuple[float, float]]:

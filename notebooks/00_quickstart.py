@@ -44,6 +44,7 @@ from skimage import data
 
 from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
 from blindlib.deblur import read_image, resize
+from blindlib.metrics import aligned
 
 side, rounds, starts = {"ci": (64, 3, 1), "cpu": (128, 12, 1), "gpu": (256, 12, 4)}[preset]
 
@@ -79,7 +80,8 @@ _ = display.show({"the photograph": blurred}, size=3)
 # %%
 if preset != "ci":
     print("two to four minutes on two CPU cores, seconds on a GPU")
-result = deblur(blurred, rounds=rounds, starts=starts, seed=seed, device=device)
+guesses = truth is not None  # told below; on a large photograph it takes minutes
+result = deblur(blurred, rounds=rounds, starts=starts, error=guesses, seed=seed, device=device)
 
 # %%
 pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}
@@ -114,6 +116,21 @@ if truth is not None:
     print(f"kernel MNC {figures['mnc']:.2f}, by quarters of a pixel {mnc(result.kernel, true_kernel, 4).item():.2f}")
 print(f"residual {figures['residual_over_noise']:.1f} times the noise, {figures['seconds']:.0f} s")
 _ = display.record("00_quickstart", preset=preset, seed=seed, **figures)
+
+# %% [markdown]
+# ## What is a guess?
+#
+# Blur and noise have destroyed detail, and what stands in its place is what the prior holds likely: sharp, and not
+# always true. `deblur(..., error=True)` asks how wrong each pixel may be. It draws several pictures that all explain
+# the photograph, sees where they differ, and scales that by a factor which was measured on pictures whose truth is
+# known (notebook `01_dps`). On the $[-1, 1]$ scale of our images, an error of 0.1 is 13 grey levels of 255.
+
+# %%
+if guesses:
+    found, true = aligned(result.image, truth, max_shift=4, subpixel=4)
+    wrong = (found - true).square().mean(1).sqrt()
+    _ = display.maps({"expected error": result.error[..., 4:-4, 4:-4], "true error": wrong})
+    print(f"mean error expected {result.error.square().mean().sqrt():.3f}, true {wrong.square().mean().sqrt():.3f}")
 
 # %% [markdown]
 # ## Your turn

@@ -43,6 +43,7 @@ from blindlib import (
 from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
+from blindlib.metrics import aligned
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
@@ -122,19 +123,9 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     }
 
 
-def aligned(x: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` (1, 3, H, W) at its best integer shift, and ``ref``, without a border; both in [0, 1]."""
-    h, w = x.shape[-2:]
-    inner = ref[..., SHIFT : h - SHIFT, SHIFT : w - SHIFT]
-    shifts = [(i, j) for i in range(2 * SHIFT + 1) for j in range(2 * SHIFT + 1)]
-    crops = [x[..., i : h - 2 * SHIFT + i, j : w - 2 * SHIFT + j] for i, j in shifts]
-    best = min(crops, key=lambda c: float((c - inner).square().mean()))
-    return (best.clamp(-1, 1) + 1) / 2, (inner + 1) / 2
-
-
 def scores(image: Tensor, kernel: Tensor | None, x: Tensor, k: Tensor) -> dict[str, float]:
     """PSNR and SSIM of one image, MNC and MSE of one kernel, after the best shift by whole pixels; and by quarters."""
-    ours, ref = aligned(image, x)
+    ours, ref = ((v.clamp(-1, 1) + 1) / 2 for v in aligned(image, x, SHIFT))
     planes = [v[0].permute(1, 2, 0).cpu().numpy() for v in (ours, ref)]
     found = {
         "psnr": -10 * math.log10(max(float((ours - ref).square().mean()), 1e-12)),

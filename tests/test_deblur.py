@@ -31,8 +31,10 @@ from blindlib.__main__ import main
 from blindlib.baselines import no_blur
 from blindlib.deblur import (
     HANDICAP,
+    KNOWN,
     _residual,
     estimate_noise,
+    expected_error,
     find_kernels,
     read_image,
     resize,
@@ -217,6 +219,30 @@ def test_restoring_a_higher_resolution():
     assert psnr(pieces, inner) > psnr(out, inner) - 1
 
 
+def test_the_error_that_is_expected_is_about_the_error_there_is(blurred):
+    scene, k, y = blurred
+    out = deblur(y, kernel=k, noise_std=0.02, error=True, progress=False)
+    assert out.error.shape == (1, 1, *y.shape[-2:]) and out.error.min() > 0
+    wrong = (out.image - scene).square().mean(1).flatten().sqrt()
+    assert 0.6 < wrong.square().mean().sqrt() / out.error.square().mean().sqrt() < 1.6
+    order = out.error.flatten().argsort().chunk(4)
+    assert wrong[order[-1]].mean() > 1.3 * wrong[order[0]].mean(), "where it is bright, more is wrong"
+    assert deblur(y, kernel=k, noise_std=0.02, progress=False).error is None
+
+
+def test_the_expected_error_is_told_in_pieces_too(blurred):
+    _, k, y = blurred
+    prior, common = load_prior("image"), dict(samples=3, steps=6)
+    whole, pieces = (expected_error(y, k, prior, Blur("valid"), 0.02, tile=t, **common) for t in (256, 48))
+    assert pieces.shape == whole.shape and not torch.equal(pieces, whole)
+    assert 0.8 < pieces.mean() / whole.mean() < 1.25
+    twice = expected_error(y, k, prior, Blur("valid"), 0.02, factor=2 * KNOWN, **common)
+    torch.testing.assert_close(twice, 2 * whole)
+    for change, message in ((dict(samples=1), "samples: expected at least 2"), (dict(factor=0), "factor: expected")):
+        with pytest.raises(ValueError, match=message):
+            expected_error(y, k, prior, Blur("valid"), 0.02, **change)
+
+
 @pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])
 def test_other_boundaries(boundary, blurred):
     scene, k, _ = blurred
@@ -231,9 +257,11 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     write_image(y, tmp_path / "photo.png")
     status = main(
         ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "8", "--crop", "65"]
-        + ["--kernel-out", str(tmp_path / "kernel.png"), "--quiet"]
+        + ["--kernel-out", str(tmp_path / "kernel.png"), "--error-out", str(tmp_path / "error.png"), "--quiet"]
     )
-    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["kernel.png", "photo.png", "sharp.png"]
+    written = ["error.png", "kernel.png", "photo.png", "sharp.png"]
+    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == written
+    assert 0 < np.asarray(Image.open(tmp_path / "error.png")).mean() < 128
     sharp = read_image(tmp_path / "sharp.png")
     assert sharp.shape == scene.shape
     assert psnr(sharp, scene, max_shift=4) > psnr(y, scene, max_shift=4)
@@ -340,8 +368,9 @@ def test_restoring_what_is_sharp_does_no_harm(blurred):
 def test_a_photo_that_is_not_blurred_comes_back_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 20)
     photo = resize(read_image(data.coffee()[:, :400]), 65)
-    out = deblur(photo, rounds=6)
+    out = deblur(photo, rounds=6, error=True)
     assert mnc(out.kernel, no_blur(1, 33)) >= 0.9 and torch.equal(out.image, photo)
+    assert out.error.unique().item() == pytest.approx(out.figures["noise_std"])
     assert "not blurred" in capsys.readouterr().out
 
 
@@ -366,7 +395,7 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path, out, capsys):
 def test_kernel_and_photograph_go_to_two_files(tmp_path, capsys):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
     assert main(["deblur", str(tmp_path / "in.png"), *["--out", "a.png", "--kernel-out", "./a.png"]]) == 2
-    assert "kernel-out: a.png is where the photograph goes" in capsys.readouterr().err
+    assert "a.png is named twice" in capsys.readouterr().err
 
 
 def test_a_missing_photo_is_one_line(tmp_path, capsys):
@@ -459,6 +488,7 @@ def test_what_cannot_be_restored_is_told_and_the_rest_is_done(album, capsys):
         (["album", "--out", "album/a.png"], "out: expected a folder, as '.*album' is one, got the file"),
         (["album", "--out", "no/where"], "out: there is no folder '.*no'"),
         (["album", "--out", "out", "--kernel-out", "k.png"], "kernel-out: is of one photograph"),
+        (["album", "--out", "out", "--error-out", "e.png"], "error-out: is of one photograph"),
         (["album", "--out", "out", "--jobs", "0"], "jobs: expected a number of processes"),
         (["album/sub/d.png", "--out", "d.png", "--jobs", "2"], "jobs, cluster: expected a folder of photographs, got"),
         (["album/none", "--out", "out"], "folder: there is no photograph in"),

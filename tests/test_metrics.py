@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blindlib import mnc, motion_kernels, psnr, tilt_error
-from blindlib.metrics import recentred
+from blindlib.metrics import aligned, error_over_spread, ranks, recentred
 
 
 def test_psnr_of_a_known_error():
@@ -67,6 +67,40 @@ def test_fractions_of_a_pixel_are_found(down, right):
     assert mnc(dots(down, right), dots(0, 0), subpixel=4).item() == pytest.approx(1, abs=1e-4)
 
 
+def test_aligned_brings_what_psnr_scores(g):
+    x = torch.rand(2, 3, 24, 24, generator=g) * 2 - 1
+    y = torch.cat([x[:1].roll((2, -1), (2, 3)), x[1:].roll((0, 3), (2, 3))])
+    moved, inner = aligned(y, x, max_shift=3)
+    assert moved.shape == (2, 3, 18, 18)
+    torch.testing.assert_close(inner, x[..., 3:21, 3:21])
+    torch.testing.assert_close(moved, inner)
+
+
+@pytest.mark.parametrize("scale, ratio", [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5)])
+def test_honest_samples_have_even_ranks_and_ratio_one(scale, ratio, g):
+    n, shape = 9, (2, 3, 64, 64)
+    mean, std = torch.randn(shape, generator=g), torch.rand(shape, generator=g) + 0.1
+    truth = mean + std * torch.randn(shape, generator=g)
+    samples = mean[:, None] + scale * std[:, None] * torch.randn(2, n, *shape[1:], generator=g)
+    frequency = ranks(samples, truth)
+    assert frequency.shape == (2, n + 1)
+    torch.testing.assert_close(frequency.sum(1), torch.ones(2))
+    ends, middle = (frequency[:, [0, -1]].mean(), frequency[:, [4, 5]].mean())
+    if scale == 1:
+        torch.testing.assert_close(frequency, torch.full_like(frequency, 1 / (n + 1)), atol=0.02, rtol=0)
+    else:
+        assert (ends > 2 * middle) if scale < 1 else (middle > 2 * ends)
+    expected = ((1 + scale**2 / n) / (scale**2 * (1 + 1 / n))) ** 0.5
+    torch.testing.assert_close(error_over_spread(samples, truth), torch.full((2,), expected), atol=0.03, rtol=0)
+    assert abs(expected / ratio - 1) < 0.2
+
+
+def test_ranks_of_a_truth_that_equals_samples_are_shared():
+    samples = torch.tensor([0.0, 1.0, 1.0, 2.0])[None, :, None, None, None]
+    shared = ranks(samples, torch.ones(1, 1, 1, 1))
+    torch.testing.assert_close(shared, torch.tensor([[0, 1, 1, 1, 0]]) / 3)
+
+
 def test_recentred_moves_the_centre_of_mass():
     k = torch.zeros(2, 1, 9, 9)
     k[0, 0, 2, 7] = 1
@@ -84,6 +118,9 @@ def test_bad_input():
     for measure in (partial(psnr, x, x), partial(mnc, x[:, :1], x[:, :1])):
         with pytest.raises(ValueError, match="subpixel: expected a positive integer, got 0"):
             measure(subpixel=0)
+    for measure, samples in ((ranks, x), (ranks, x[None, :, :1]), (error_over_spread, x[:, None])):
+        with pytest.raises(ValueError, match="samples: expected shape"):
+            measure(samples, x)
     with pytest.raises(ValueError, match="kernel: expected shape"):
         mnc(x, x)
     with pytest.raises(ValueError, match="ref: expected one kernel or 1"):

@@ -21,6 +21,7 @@ from blindlib import (
     motion_kernels,
     sample,
 )
+from blindlib.metrics import error_over_spread, ranks
 from blindlib.operators import otf
 from blindlib.priors import Frames, GaussianPrior, kernel_to_physical
 
@@ -114,6 +115,25 @@ def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps
     exact = posterior_mean(prior, y, k, std)
     error = (run.posterior("image").mean(1) - exact).norm() / exact.norm()
     assert error < 0.2
+
+
+@pytest.mark.parametrize(
+    "guidance, least, most",
+    [(PiGDM(0.05), 0.95, 1.1), (DiffPIR(0.05, strength=1.0), 1.25, 1.6)],
+    ids=["PiGDM", "DiffPIR"],
+)
+def test_how_sure_samples_of_a_gaussian_are(guidance, least, most, g):
+    """PiGDM, exact for this prior, is honest; DiffPIR, which drops the variance of x0 given x_t, is too sure."""
+    prior, k = GaussianPrior(0.0, spectrum=spectrum(16)), motion_kernels(1, 7, seed=2)
+    truth = torch.fft.rfft2(torch.randn(30, 1, 16, 16, generator=g))
+    truth = torch.fft.irfft2(prior.spectrum.sqrt() * truth, s=(16, 16))
+    y = Blur()(truth, k) + 0.05 * torch.randn(30, 1, 16, 16, generator=g)
+    options = dict(steps=300, samples=9, seed=list(range(30)), guidance=guidance)
+    drawn = sample(y, partial(Blur(), kernel=k), {"image": prior}, **options).posterior("image")
+    ratio = error_over_spread(drawn, truth).square().mean().sqrt()
+    assert least < ratio < most
+    outside = ranks(drawn, truth)[:, [0, -1]].mean()
+    assert (outside < 0.115) if most < 1.2 else (outside > 0.13)
 
 
 def test_dpir_on_a_gaussian_ends_where_the_algebra_says(g):
