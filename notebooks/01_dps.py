@@ -452,8 +452,9 @@ for name, (photo, gaussian) in honesty.items():
 #   leaves and asked about a face.
 # - **DiffPIR** goes on at each step from the *mean* of $x_0$ as if that were known, and what $x_0$ might have been
 #   besides is lost: it is too sure with nothing else wrong, and more steps help little.
-# - **DPS** has a step size that was set by hand, not by $\sigma$ and a variance. Pulled this hard, its samples agree on
-#   too much; with smaller steps they would disagree more and miss the measurement.
+# - **DPS** has a step size that was set by hand, not by $\sigma$ and a variance: how far its samples differ follows
+#   that choice. With the library's own, over four scenes and four photographs, the ratio is about 1 (README), and each
+#   sample is further from the truth than one of DiffPIR's. Honest is not the same as good.
 #
 # ## Error bars that hold
 #

@@ -49,6 +49,7 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
 RESTORE = 8  # network evaluations of `restore`
 OURS = DPS()
+SHORT = DPS(step_size={"image": 2.0, "kernel": 2.0})  # for much noise, of which DPS is told nothing
 
 
 def photographs(seed: int, size: int) -> Tensor:
@@ -119,6 +120,7 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
         "DiffEM-PiGDM, n = 4": partial(diff, steps=20, rounds=10, samples=4),
         "BlindDPS, 1000 steps with returns": returns,
         "BlindDPS, 1000 steps": blind(1000),
+        "BlindDPS, 1000 short steps": blind(1000, SHORT),
         "DiffEM-DPS, n = 4": partial(diff, steps=50, rounds=10, backbone="dps", samples=4),
     }
 
