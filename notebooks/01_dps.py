@@ -475,7 +475,7 @@ print(f"error over expected error: {error_over_expected:.2f}; wrong by less than
 
 # %% [markdown]
 # The map does not know *which* pixel is wrong, or it would be put right. It knows how much to expect there, and keeps
-# its word on average; on single pictures the error is 0.6 to 1.3 times what it says. With the kernel unknown there is
+# its word on average; on single pictures the error is 0.6 to 1.5 times what it says. With the kernel unknown there is
 # more to be wrong: `deblur(photo, error=True)` has another factor, measured in the same way, and is further off on
 # single pictures, since nothing tells it that a kernel is wrong.
 #
