@@ -52,7 +52,7 @@ def aligned(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> tu
     if m < 0 or 2 * m >= min(h, w):
         raise ValueError(f"max_shift: expected 0 <= max_shift < {min(h, w) / 2}, got {max_shift}")
     inner = ref[..., m : h - m, m : w - m]
-    best, least = torch.empty_like(inner), torch.full((len(x),), math.inf, device=x.device)
+    best, least = torch.full_like(inner, math.nan), torch.full((len(x),), math.inf, device=x.device)
     for down, right in _fractions(subpixel)[: None if m else 1]:
         moved = _moved(x, down, right)
         for dy in range(-m + (down > 0), m + 1):

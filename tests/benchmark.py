@@ -65,6 +65,14 @@ def photographs(seed: int, size: int) -> Tensor:
     return torch.cat(out)
 
 
+def measured(size: int, noise_std: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Eight scenes, then eight photographs; their kernels; and what is measured of them."""
+    x = torch.cat([dead_leaves(8, size, seed=seed), photographs(seed, size)])
+    k = motion_kernels(16, WINDOW, seed=seed + 1)
+    y = Blur()(x, k) + noise_std * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 2))
+    return x, k, y
+
+
 def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, Callable[[], Result]]:
     """Each method by name, to be run on one measurement; those that tell most in least time first."""
     image = priors["image"]
@@ -209,9 +217,7 @@ def run(a: argparse.Namespace, table: dict) -> None:
 def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
     """All cells of one noise level."""
     noise_std, n = 2 * noise / 255, a.images
-    x = torch.cat([dead_leaves(8, a.size, seed=a.seed), photographs(a.seed, a.size)])
-    k = motion_kernels(16, WINDOW, seed=a.seed + 1)
-    y = Blur()(x, k) + noise_std * torch.randn(x.shape, generator=torch.Generator().manual_seed(a.seed + 2))
+    x, k, y = measured(a.size, noise_std, a.seed)
     names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu")))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
     setting = f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}"

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import SHIFT, SUBPIXEL, load_priors, photographs
+from benchmark import SHIFT, SUBPIXEL, load_priors, measured
 from torch import Tensor
 
-from blindlib import DPS, Blur, DiffPIR, PiGDM, dead_leaves, deblur, mnc, motion_kernels, sample
+from blindlib import DPS, Blur, DiffPIR, PiGDM, deblur, mnc, sample
 from blindlib.files import whole
 from blindlib.metrics import aligned, error_over_spread, ranks
 
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parser.parse_args(argv)
     table = json.loads(a.out.read_text()) if a.out.is_file() else {"results": {}}
     table["machine"] = f"{platform.machine()}, torch {torch.__version__}"
-    x = torch.cat([dead_leaves(8, a.size, seed=a.seed), photographs(a.seed, a.size)])
-    k = motion_kernels(16, 32, seed=a.seed + 1)
-    y = Blur()(x, k) + a.noise_std * torch.randn(x.shape, generator=torch.Generator().manual_seed(a.seed + 2))
+    x, k, y = measured(a.size, a.noise_std, a.seed)
     samplers = {
         "DiffPIR, 50 steps": (DiffPIR(a.noise_std, strength=1.0), 50),
         "PiGDM, 50 steps": (PiGDM(a.noise_std), 50),

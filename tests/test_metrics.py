@@ -74,6 +74,7 @@ def test_aligned_brings_what_psnr_scores(g):
     assert moved.shape == (2, 3, 18, 18)
     torch.testing.assert_close(inner, x[..., 3:21, 3:21])
     torch.testing.assert_close(moved, inner)
+    assert psnr(torch.full_like(x, torch.nan), x, max_shift=1).isnan().all(), "no number is not a score"
 
 
 @pytest.mark.parametrize("scale, ratio", [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5)])
