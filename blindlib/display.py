@@ -211,17 +211,21 @@ def record(notebook: str, **figures: object) -> Path:
 
 
 def maps(named: Mapping[str, Tensor], *, size: float = 2.6) -> Figure:
-    """Errors or spreads (..., H, W) side by side in one scale of colours, titled by the mapping's keys.
+    """Errors or spreads, (H, W) or (1, ..., 1, H, W), side by side in one scale of colours, titled by the keys.
 
     The scale ends where a hundredth of the values of the largest lies beyond.
     """
     import matplotlib.pyplot as plt
 
-    values = {title: x.detach().cpu().reshape(x.shape[-2:]) for title, x in named.items()}
+    values = {}
+    for title, x in named.items():
+        if x.shape[:-2].numel() != 1:
+            raise ValueError(f"{title}: expected one map, (H, W) or (1, ..., 1, H, W), got {tuple(x.shape)}")
+        values[title] = x.detach().cpu().reshape(x.shape[-2:]).numpy()
     figure, axes = plt.subplots(
         1, len(values), figsize=(size * len(values) + 0.8, size + 0.25), layout="constrained", squeeze=False
     )
-    top = max(float(x.quantile(0.99)) for x in values.values())
+    top = max(float(np.quantile(x, 0.99)) for x in values.values())
     for axis, (title, x) in zip(axes.flat, values.items(), strict=True):
         drawn = axis.imshow(x, vmin=0, vmax=top, cmap="magma", interpolation="nearest")
         axis.set_title(title, fontsize=9)

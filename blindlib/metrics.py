@@ -114,7 +114,7 @@ def ranks(samples: Tensor, truth: Tensor) -> Tensor:
     -------
     Tensor, shape (B, n + 1)
         Frequencies, of sum 1. The first and last are the share of values outside the samples' range, 2 / (n + 1) if all
-        is well. Where the truth equals samples, its possible ranks share it.
+        is well. Where the truth equals samples, its possible ranks share it. NaN where anything is NaN.
 
     Raises
     ------
@@ -124,8 +124,9 @@ def ranks(samples: Tensor, truth: Tensor) -> Tensor:
     _check_samples(samples, truth, 1)
     below, up_to = (samples < truth[:, None]).sum(1), (samples <= truth[:, None]).sum(1)
     share = 1 / (up_to - below + 1)
+    share = torch.where(samples.isnan().any(1) | truth.isnan(), torch.nan, share)
     return torch.stack(
-        [torch.where((below <= i) & (i <= up_to), share, 0).mean((1, 2, 3)) for i in range(samples.shape[1] + 1)], dim=1
+        [(share * ((below <= i) & (i <= up_to))).mean((1, 2, 3)) for i in range(samples.shape[1] + 1)], dim=1
     )
 
 

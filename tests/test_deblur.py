@@ -19,6 +19,7 @@ from blindlib import (
     SpaceVaryingBlur,
     dead_leaves,
     deblur,
+    deblur_folder,
     gaussian_kernels,
     load_prior,
     mnc,
@@ -243,6 +244,17 @@ def test_the_expected_error_is_told_in_pieces_too(blurred):
             expected_error(y, k, prior, Blur("valid"), 0.02, **change)
 
 
+def test_the_expected_error_of_other_operators_and_batches(g):
+    prior, few = load_prior("image"), dict(samples=2, steps=12)
+    y, k = torch.rand(2, 3, 48, 48, generator=g) - 0.5, motion_kernels(1, 9, seed=1)
+    assert expected_error(y, k, prior, Blur(), 0.02, **few).shape == (2, 1, 48, 48)
+    with pytest.raises(ValueError, match="y: expected one picture"):
+        expected_error(y, k, prior, Blur("valid"), 0.02, **few)
+    psfs = shaken_psfs((2, 2), 9, seed=1)
+    assert expected_error(y[:1], psfs, prior, SpaceVaryingBlur("valid"), 0.02, **few).shape == (1, 1, 48, 48)
+    assert expected_error(y[:1], k, prior, Downsample(2), 0.02, **few).shape == (1, 1, 96, 96)
+
+
 @pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])
 def test_other_boundaries(boundary, blurred):
     scene, k, _ = blurred
@@ -261,7 +273,6 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     )
     written = ["error.png", "kernel.png", "photo.png", "sharp.png"]
     assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == written
-    assert 0 < np.asarray(Image.open(tmp_path / "error.png")).mean() < 128
     sharp = read_image(tmp_path / "sharp.png")
     assert sharp.shape == scene.shape
     assert psnr(sharp, scene, max_shift=4) > psnr(y, scene, max_shift=4)
@@ -392,6 +403,16 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path, out, capsys):
     assert "path: " in capsys.readouterr().err
 
 
+def test_white_is_an_error_of_a_quarter_of_the_range(tmp_path, monkeypatch):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
+    x, error = torch.zeros(1, 3, 1, 4), torch.tensor([0.0, 0.25, 0.5, 0.9])[None, None, None]
+    made = Deblurred(x, no_blur(1, 3), x, no_blur(1, 3), x, {"seconds": 0.0}, error)
+    monkeypatch.setattr(sys.modules["blindlib.__main__"], "deblur", lambda *a, **options: made)
+    outs = [str(tmp_path / "out.png"), "--error-out", str(tmp_path / "error.png")]
+    assert main(["deblur", str(tmp_path / "in.png"), "--quiet", "--out", *outs]) == 0
+    assert np.asarray(Image.open(tmp_path / "error.png")).tolist() == [[0, 128, 255, 255]]
+
+
 def test_kernel_and_photograph_go_to_two_files(tmp_path, capsys):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
     assert main(["deblur", str(tmp_path / "in.png"), *["--out", "a.png", "--kernel-out", "./a.png"]]) == 2
@@ -500,6 +521,11 @@ def test_folders_that_will_not_do(album, monkeypatch, command, message, capsys):
     assert main(["deblur", *command]) == 2
     err = capsys.readouterr().err
     assert re.match(f"blindlib: .*{message}", err) and err.count("\n") == 1 and album[1] == []
+
+
+def test_errors_are_of_one_photograph(album):
+    with pytest.raises(ValueError, match="error: of a folder only"):
+        deblur_folder(album[0], album[0].parent / "out", error=True)
 
 
 def test_two_photographs_of_one_name_are_refused(album, capsys):

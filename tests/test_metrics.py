@@ -77,8 +77,8 @@ def test_aligned_brings_what_psnr_scores(g):
     assert psnr(torch.full_like(x, torch.nan), x, max_shift=1).isnan().all(), "no number is not a score"
 
 
-@pytest.mark.parametrize("scale, ratio", [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5)])
-def test_honest_samples_have_even_ranks_and_ratio_one(scale, ratio, g):
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0])
+def test_honest_samples_have_even_ranks_and_ratio_one(scale, g):
     n, shape = 9, (2, 3, 64, 64)
     mean, std = torch.randn(shape, generator=g), torch.rand(shape, generator=g) + 0.1
     truth = mean + std * torch.randn(shape, generator=g)
@@ -93,13 +93,13 @@ def test_honest_samples_have_even_ranks_and_ratio_one(scale, ratio, g):
         assert (ends > 2 * middle) if scale < 1 else (middle > 2 * ends)
     expected = ((1 + scale**2 / n) / (scale**2 * (1 + 1 / n))) ** 0.5
     torch.testing.assert_close(error_over_spread(samples, truth), torch.full((2,), expected), atol=0.03, rtol=0)
-    assert abs(expected / ratio - 1) < 0.2
 
 
 def test_ranks_of_a_truth_that_equals_samples_are_shared():
     samples = torch.tensor([0.0, 1.0, 1.0, 2.0])[None, :, None, None, None]
     shared = ranks(samples, torch.ones(1, 1, 1, 1))
     torch.testing.assert_close(shared, torch.tensor([[0, 1, 1, 1, 0]]) / 3)
+    assert ranks(samples * torch.nan, torch.ones(1, 1, 1, 1)).isnan().all()
 
 
 def test_recentred_moves_the_centre_of_mass():

@@ -123,7 +123,7 @@ def test_samples_of_a_gaussian_surround_the_exact_posterior_mean(guidance, steps
     ids=["PiGDM", "DiffPIR"],
 )
 def test_how_sure_samples_of_a_gaussian_are(guidance, least, most, g):
-    """PiGDM, exact for this prior, is honest; DiffPIR, which drops the variance of x0 given x_t, is too sure."""
+    """PiGDM is honest where all is linear and normal; DiffPIR, which drops the variance of x0, is too sure."""
     prior, k = GaussianPrior(0.0, spectrum=spectrum(16)), motion_kernels(1, 7, seed=2)
     truth = torch.fft.rfft2(torch.randn(30, 1, 16, 16, generator=g))
     truth = torch.fft.irfft2(prior.spectrum.sqrt() * truth, s=(16, 16))
