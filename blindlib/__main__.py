@@ -108,14 +108,16 @@ def _deblur(a: argparse.Namespace) -> str:
         raise ValueError(f"jobs, cluster: expected a folder of photographs, got {str(a.photo)!r}")
     if not a.photo.is_file():
         raise FileNotFoundError(f"photo: no file or folder {str(a.photo)!r}")
-    outs = _given(a, "out", "kernel_out", "error_out")
-    for name, out in outs.items():
+    contents = {"out": "photograph", "kernel_out": "kernel", "error_out": "error"}
+    taken: dict[Path, str] = {}
+    for name, out in _given(a, *contents).items():
         option = name.replace("_", "-")
-        if any(out.resolve() == other.resolve() for key, other in outs.items() if key != name):
-            raise ValueError(f"{option}: {out} is named twice; name another file")
+        if out.resolve() in taken:
+            raise ValueError(f"{option}: {out} is where the {taken[out.resolve()]} goes; name another file")
         if out.exists() and out.samefile(a.photo):
             raise ValueError(f"{option}: {out} is the photograph itself; name another file")
         check_output(out)
+        taken[out.resolve()] = contents[name]
     result = deblur(a.photo, error=a.error_out is not None, progress=not a.quiet, **_options(a))
     result.save(a.out)
     if result.error is not None:

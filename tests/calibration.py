@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import SHIFT, SUBPIXEL, load_priors, measured
+import torch.nn.functional as F
+from benchmark import SHIFT, SUBPIXEL, load_priors, measured, read
 from torch import Tensor
 
 from blindlib import DPS, Blur, DiffPIR, PiGDM, deblur, mnc, sample
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/calibration.json"))
     a = parser.parse_args(argv)
-    table = json.loads(a.out.read_text()) if a.out.is_file() else {"results": {}}
+    a.out.parent.mkdir(exist_ok=True)
+    table = read(a.out)
     table["machine"] = f"{platform.machine()}, torch {torch.__version__}"
     x, k, y = measured(a.size, a.noise_std, a.seed)
     samplers = {
@@ -59,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
                 row[item] = of_map(*one, a.noise_std, known=MAPS[name])
             else:
                 row[item] = of_samples(*one, *samplers[name], seed=i)
-            a.out.parent.mkdir(exist_ok=True)
             with whole(a.out) as part:
                 part.write_text(json.dumps(table, indent=1) + "\n")
     print(markdown(table))
@@ -86,10 +87,8 @@ def of_map(x: Tensor, k: Tensor, y: Tensor, noise_std: float, known: bool) -> di
     )  # fmt: skip
     shift = (0, 1) if known else (SHIFT, SUBPIXEL)  # of which no measurement tells
     ref, found = aligned(x, made.image.clamp(-1, 1), *shift)  # the truth moves: the map belongs to the picture
-    wrong, expected = (
-        (found - ref).abs(),
-        made.error[..., shift[0] : x.shape[-2] - shift[0], shift[0] : x.shape[-1] - shift[0]],
-    )
+    wrong = (found - ref).abs()
+    expected = F.pad(made.error, 4 * [-shift[0]])  # what `aligned` leaves
     # Where the map is darkest to where it is brightest, in five parts: is it right in each?
     order = expected.flatten().argsort().chunk(5)
     squares = wrong.square().mean(1).flatten(), expected.square().flatten()

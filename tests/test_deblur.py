@@ -413,10 +413,14 @@ def test_white_is_an_error_of_a_quarter_of_the_range(tmp_path, monkeypatch):
     assert np.asarray(Image.open(tmp_path / "error.png")).tolist() == [[0, 128, 255, 255]]
 
 
-def test_kernel_and_photograph_go_to_two_files(tmp_path, capsys):
+@pytest.mark.parametrize("outs, message", [
+    (["--out", "a.png", "--kernel-out", "./a.png"], "kernel-out: a.png is where the photograph goes"),
+    (["--out", "b.png", "--kernel-out", "a.png", "--error-out", "a.png"], "error-out: a.png is where the kernel goes"),
+])  # fmt: skip
+def test_no_two_outputs_go_to_one_file(tmp_path, capsys, outs, message):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
-    assert main(["deblur", str(tmp_path / "in.png"), *["--out", "a.png", "--kernel-out", "./a.png"]]) == 2
-    assert "a.png is named twice" in capsys.readouterr().err
+    assert main(["deblur", str(tmp_path / "in.png"), *outs]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_photo_is_one_line(tmp_path, capsys):
