@@ -29,7 +29,7 @@ from blindlib.matching import (
     spectrum_kernel,
 )
 from blindlib.metrics import mnc, psnr, tilt_error
-from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, Turbulence
+from blindlib.operators import Blur, Downsample, LinearLight, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
     DiffusionPrior,
     EmpiricalPrior,
@@ -76,6 +76,7 @@ __all__ = [
     "GaussianPrior",
     "KernelDenoiser",
     "Learned",
+    "LinearLight",
     "Moments",
     "NoiseSchedule",
     "PiGDM",

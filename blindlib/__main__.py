@@ -14,9 +14,10 @@ from torch import Tensor
 
 from blindlib.checks import check_counts, check_noise
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
+from blindlib.em import RESPONSES
 from blindlib.jobs import Team
 from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
-from blindlib.operators import SpaceVaryingBlur
+from blindlib.operators import SpaceVaryingBlur, to_light
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--noise-std", type=float, help="of the photograph's noise on the [-1, 1] scale (default: estimated)"
     )
+    p.add_argument(
+        "--response",
+        choices=RESPONSES,
+        help="of the camera: was light blurred, of which a file's values are a code (srgb, the default, right for "
+        "photographs), or the values themselves (linear, as in most simulations)?",
+    )
     p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")
     p.add_argument("--prior", choices=["image", "text"], help="what is in the picture: any scene, or print")
@@ -75,6 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         type=_grid,
         metavar="ROWSxCOLUMNS",
         help="of PSFs, for a blur that changes over the field; degraded photographs are then of one size, used whole",
+    )
+    q.add_argument(
+        "--response",
+        choices=RESPONSES,
+        default="srgb",
+        help="of the camera, as of deblur (default: %(default)s)",
     )
     q.add_argument("--noise-std", type=float, help="of the degraded photographs, averaged to grey (default: estimated)")
     q.add_argument("--flow-steps", type=int, help="of flow matching (default: as blindlib.fit_flow)")
@@ -141,7 +154,7 @@ def _deblur_folder(a: argparse.Namespace) -> str:
 
 def _options(a: argparse.Namespace) -> dict:
     """Those of :func:`deblur`."""
-    search, chosen = _given(a, "rounds", "starts", "crop"), _given(a, "prior")
+    search, chosen = _given(a, "rounds", "starts", "crop"), _given(a, "prior", "response")
     if a.operator is not None:
         if a.max_size:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
@@ -163,11 +176,10 @@ def _learn_operator(a: argparse.Namespace) -> str:
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
-    clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, seed=a.seed, say=say)
+    read = dict(response=a.response, seed=a.seed, say=say)
+    clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, **read)
     crop = a.crop if a.grid is None else sys.maxsize
-    degraded = read_folder(
-        a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, seed=a.seed, say=say
-    )
+    degraded = read_folder(a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, **read)
     if a.grid is not None:
         ((size, count),) = Counter(y.shape for y in degraded).most_common(1)
         if count < len(degraded):
@@ -193,11 +205,12 @@ def _learn_operator(a: argparse.Namespace) -> str:
 
 
 def read_folder(
-    folder: Path, name: str, *, least: int, crop: int, seed: int, say: Callable[[str], None]
+    folder: Path, name: str, *, least: int, crop: int, response: str, seed: int, say: Callable[[str], None]
 ) -> list[Tensor]:
     """The photographs of a folder as grey images (1, H, W) in [-1, 1]; what is no picture or too small is skipped.
 
-    Grey is the mean of the colours: blur commutes with it, and noise gets less. Of a photograph larger than ``crop`` a
+    Of an sRGB response they are the light, which is what was blurred. Grey is the mean of the colours: blur commutes
+    with it, and noise gets less. Of a photograph larger than ``crop`` a
     random part is taken, never a smaller copy, for which the blur would be another one.
     """
     if not folder.is_dir():
@@ -208,7 +221,8 @@ def read_folder(
     images = []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
-            x = read_image(path)[0].mean(0, keepdim=True)
+            x = read_image(path)
+            x = (to_light(x) if response == "srgb" else x)[0].mean(0, keepdim=True)
         except (ValueError, OSError) as error:
             say(f"skipped: {error}")
             continue

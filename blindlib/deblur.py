@@ -18,11 +18,11 @@ from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.checks import check_counts, check_positive, check_priors
-from blindlib.em import EM_BOUNDARIES, Annealed, diffusion_em, fast_em
+from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
-from blindlib.operators import BOUNDARIES, Blur, Downsample, SpaceVaryingBlur, seen
+from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, seen, to_light
 from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 
@@ -67,9 +67,9 @@ class Deblurred:
     blurred : Tensor, shape (1, 3, H, W)
         What came in, at the size that was worked at.
     figures : dict
-        ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; ``crop``, where a kernel was
-        sought: top, left, height and width of the part that it was read from; ``residual``: root mean square of what
-        image and kernel leave unexplained.
+        ``seconds``; ``noise_std`` on the [-1, 1] scale; ``scale``, 1 at full resolution; the ``response`` that was
+        taken; ``crop``, where a kernel was sought: top, left, height and width of the part that it was read from;
+        ``residual``: root mean square of what image and kernel leave unexplained.
     error : Tensor, shape (1, 1, H, W), optional
         Root mean square error of ``image`` that is to be expected at each pixel, on the [-1, 1] scale, if it was asked
         for; see :func:`expected_error`.
@@ -97,6 +97,7 @@ def deblur(
     samples: int = 1,
     error: bool = False,
     boundary: str = "valid",
+    response: str | None = None,
     noise_std: float | None = None,
     max_size: int | None = 1024,
     crop: int = 128,
@@ -131,6 +132,10 @@ def deblur(
         Estimate how wrong the picture may be, pixel by pixel: ten times the evaluations of a restoration.
     boundary : {"valid", "circular", "zero", "reflect"}
         ``"valid"`` is right for photographs; the others for measurements that were simulated so.
+    response : {"srgb", "linear"}, optional
+        Of the camera. ``"srgb"`` is right for photographs: what was blurred is the light, and a file's values are its
+        code (:class:`~blindlib.operators.LinearLight`). ``"linear"``: the values themselves were blurred, as most
+        simulations do it. By default tensors are taken for simulations, all else for photographs.
     noise_std : float, optional
         Of the photograph's noise, on the [-1, 1] scale; estimated when not given.
     max_size : int, optional
@@ -161,6 +166,10 @@ def deblur(
     say = print if progress else (lambda *_: None)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
+    if response is None:
+        response = "linear" if isinstance(photo, Tensor) else "srgb"
+    if response not in RESPONSES:
+        raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
     check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
@@ -173,7 +182,8 @@ def deblur(
     for one in priors.values():
         if isinstance(one, DiffusionPrior):
             one.to(device)
-    blur = Blur(boundary) if kernel is None or kernel.ndim == 4 else SpaceVaryingBlur(boundary)
+    linear = Blur(boundary) if kernel is None or kernel.ndim == 4 else SpaceVaryingBlur(boundary)
+    blur = linear if response == "linear" else LinearLight(linear)
 
     y = read_image(photo)
     scale = 1.0
@@ -185,7 +195,7 @@ def deblur(
     y = y.to(device)
     noise_std = estimate_noise(y) if noise_std is None else noise_std
 
-    figures = dict(noise_std=noise_std, scale=scale)
+    figures = dict(noise_std=noise_std, scale=scale, response=response)
     if kernel is None:
         window = priors["kernel"].shape[1]
         part, figures["crop"] = _textured_part(y, window, crop, boundary, priors["image"].stride)
@@ -318,7 +328,7 @@ def restore(
     y: Tensor,
     kernel: Tensor,
     prior: DiffusionPrior,
-    operator: Blur | SpaceVaryingBlur | Downsample,
+    operator: Blur | SpaceVaryingBlur | Downsample | LinearLight,
     noise_std: float,
     *,
     steps: int = 8,
@@ -336,7 +346,7 @@ def restore(
         Of a SpaceVaryingBlur its PSFs, (1, rows, columns, 1 or 3, K, K).
     prior : DiffusionPrior
         Of images.
-    operator : Blur, SpaceVaryingBlur or Downsample
+    operator : Blur, SpaceVaryingBlur or Downsample, or LinearLight of one
         Its boundary decides how the picture's edges are treated. Only ``"valid"`` allows pieces, and sizes that
         are no multiples of the prior's stride.
     noise_std : float
@@ -361,7 +371,7 @@ def expected_error(
     y: Tensor,
     kernel: Tensor,
     prior: DiffusionPrior,
-    operator: Blur | SpaceVaryingBlur | Downsample,
+    operator: Blur | SpaceVaryingBlur | Downsample | LinearLight,
     noise_std: float,
     *,
     factor: float = KNOWN,
@@ -420,12 +430,12 @@ def _in_pieces(
     y: Tensor,
     kernel: Tensor,
     prior: DiffusionPrior,
-    operator: Blur | SpaceVaryingBlur | Downsample,
+    operator: Blur | SpaceVaryingBlur | Downsample | LinearLight,
     tile: int,
     title: str | None,
 ) -> Tensor:
     """``undo(piece, known operator)`` for all pieces of ``y``, blended; see :func:`restore`."""
-    varying, factor = isinstance(operator, SpaceVaryingBlur), getattr(operator, "factor", 1)
+    varying, factor = kernel.ndim == 6, getattr(operator, "factor", 1)
     name = "psfs" if varying else "kernel"
     if operator.boundary != "valid":
         return undo(y, partial(operator, **{name: kernel}))
@@ -456,7 +466,7 @@ def _in_pieces(
 def find_kernels(
     y: Tensor,
     priors: Mapping[str, DiffusionPrior],
-    blur: Blur,
+    blur: Blur | LinearLight,
     noise_std: float,
     *,
     rounds: int = ROUNDS,
@@ -478,7 +488,7 @@ def find_kernels(
     y : Tensor, shape (1, 3, H, W)
         Of a size at which the image prior can hold the scene behind it.
     priors : mapping with "image" and "kernel"
-    blur : Blur
+    blur : Blur or LinearLight of one
     noise_std : float
     rounds : int
         How often; for each guess, and as often again.
@@ -494,12 +504,15 @@ def find_kernels(
     """
     window = priors["kernel"].shape[1]
     if blur.boundary not in EM_BOUNDARIES:  # what is far enough from the edges is as if the sensor saw no more
-        y, blur = y[..., *seen(y.shape[-2:], (window, window))], Blur("valid")
-    pyramid = partial(l0_pyramid, y, window, noise_std, periodic=blur.boundary == "circular")
+        y, valid = y[..., *seen(y.shape[-2:], (window, window))], Blur("valid")
+        blur = LinearLight(valid) if isinstance(blur, LinearLight) else valid
+    response, values = ("srgb", to_light(y)) if isinstance(blur, LinearLight) else ("linear", y)
+    pyramid = partial(l0_pyramid, values, window, noise_std, periodic=blur.boundary == "circular")
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     many = y.expand(len(guesses), -1, -1, -1)
-    common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, progress=progress)
+    of_blur = dict(boundary=blur.boundary, response=response)
+    common = dict(kernel_size=window, noise_std=noise_std, progress=progress, **of_blur)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
     seeds = torch.randint(2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed)).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
@@ -522,7 +535,9 @@ def find_kernels(
     return run.kernel[best], rest[best]
 
 
-def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:
+def unexplained(
+    y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur | LinearLight, noise_std: float
+) -> Tensor:
     """What remains of ``y`` when it is restored with each kernel and blurred again: which of them fits?
 
     The restoration expects twice the noise, so that it keeps to pictures that the prior knows: under a wrong kernel
@@ -537,7 +552,7 @@ def unexplained(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, n
     kernels : Tensor, shape (n, 1, K, K)
     prior : DiffusionPrior
         Of images.
-    blur : Blur
+    blur : Blur or LinearLight of one
     noise_std : float
 
     Returns
@@ -666,13 +681,13 @@ def _textured_part(y: Tensor, window: int, crop: int, boundary: str, stride: int
     return y[..., top : top + side, left : left + side], (top, left, side, side)
 
 
-def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur | SpaceVaryingBlur) -> Tensor:
+def _residual(y: Tensor, image: Tensor, kernel: Tensor, blur: Blur | SpaceVaryingBlur | LinearLight) -> Tensor:
     """Root mean square residual where the restored picture reaches."""
     size, place = tuple(y.shape[-2:]), {}
     if blur.boundary == "valid":
         inner = seen(size, kernel.shape[-2:])
         y = y[..., *inner]
-        if isinstance(blur, SpaceVaryingBlur):
+        if kernel.ndim == 6:
             place = {"part": (inner[0].start, inner[1].start, *size)}
     return (y - blur(image, kernel, **place)).square().mean().sqrt()
 

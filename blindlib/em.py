@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.checks import check_counts, check_positive
 from blindlib.metrics import recentred
-from blindlib.operators import Blur, otf, seen, windowed
+from blindlib.operators import Blur, LinearLight, otf, seen, to_light, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, DiffPIR, Latents, PiGDM, Result, bar, sample
 from blindlib.schedule import NoiseSchedule
@@ -35,6 +35,7 @@ Regularizer = Callable[[Tensor, float], Tensor]
 # Time below which images have edges to fit a kernel to.
 FIT_BELOW = 300
 EM_BOUNDARIES = ("circular", "valid")
+RESPONSES = ("linear", "srgb")
 # Of DiffPIR's E-step: what the prior gets wrong counts as noise, too. An image that explains the measurement down to
 # its noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the kernel move.
 MISFIT = 0.035
@@ -398,10 +399,16 @@ class EM:
         if t < self.fit_below:
             grouped = priors["image"].physical(x0["image"]).unflatten(0, (-1, self.samples))
             first = slice(None, None, self.samples)
-            boundary = operator.boundary
-            kernel = fit_kernel(y[first], grouped, self.noise_std, kernel[first], self.regularizer, boundary=boundary)
+            kernel = _m_step(operator, y[first], grouped, self.noise_std, kernel[first], self.regularizer)
             kernel = centred(kernel).repeat_interleave(self.samples, 0)
         return {**new, "kernel": kernel}, {**x0, "kernel": kernel}, norm
+
+
+def _m_step(operator: Blur | LinearLight, y: Tensor, x_samples: Tensor, *args: object) -> Tensor:
+    """:func:`fit_kernel`, in light if that is what is blurred; the noise there is as large in the mean."""
+    if isinstance(operator, LinearLight):
+        y, x_samples = to_light(y), to_light(x_samples)
+    return fit_kernel(y, x_samples, *args, boundary=operator.boundary)
 
 
 def fast_em(
@@ -417,6 +424,7 @@ def fast_em(
     kernel0: Tensor | None = None,
     fit_below: int = FIT_BELOW,
     boundary: str = "circular",
+    response: str = "linear",
     **options: object,
 ) -> Result:
     """Blind deblurring in one run, with an M-step at every step (FastEM, arXiv 2309.00287).
@@ -442,6 +450,9 @@ def fast_em(
         M-steps begin at this time of the diffusion.
     boundary : {"circular", "valid"}
         Of the blur; the paper's is circular. With ``"valid"``, H + K - 1 has to be a multiple of the prior's stride.
+    response : {"linear", "srgb"}
+        Of the camera: whether the values are what was blurred, or sRGB's code of it, as in a photograph
+        (:class:`~blindlib.operators.LinearLight`).
     **options
         As of :func:`~blindlib.sampler.sample`: ``seed``, ``history``, ``progress``, ``callback``.
 
@@ -453,17 +464,18 @@ def fast_em(
     Raises
     ------
     ValueError
-        If the backbone is unknown, or sizes do not fit.
+        If the backbone or the response is unknown, or sizes do not fit.
 
     Examples
     --------
     >>> run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02)  # doctest: +SKIP
     """
-    kernel0 = _start(y, kernel_size, kernel0, noise_std, boundary)
+    operator = blur_of(boundary, response)
+    kernel0 = _start(y, kernel_size, kernel0, noise_std, operator)
     e_step = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     guidance = EM(e_step, noise_std, samples, regularizer, fit_below)
     priors = {"image": image_prior, "kernel": _KernelEstimate(kernel0, image_prior.schedule)}
-    return sample(y, Blur(boundary), priors, steps=steps, samples=samples, guidance=guidance, **options)
+    return sample(y, operator, priors, steps=steps, samples=samples, guidance=guidance, **options)
 
 
 def diffusion_em(
@@ -481,6 +493,7 @@ def diffusion_em(
     image0: Tensor | None = None,
     start_time: int | None = None,
     boundary: str = "circular",
+    response: str = "linear",
     seed: int | Sequence[int] = 0,
     progress: bool = False,
     **options: object,
@@ -493,7 +506,8 @@ def diffusion_em(
     one, with new noise of that time: where only details are hidden, a few steps bring a sample that the new kernel
     allows.
     """
-    kernel = _start(y, kernel_size, kernel0, noise_std, boundary)
+    blur = blur_of(boundary, response)
+    kernel = _start(y, kernel_size, kernel0, noise_std, blur)
     check_counts(rounds=rounds)
     if image0 is not None and start_time is None:
         raise ValueError("image0: is given, but no start_time, the time of the noise to put on it")
@@ -504,14 +518,14 @@ def diffusion_em(
             options |= dict(start={"image": image0}, start_time=start_time)
         # The first round, too, must not meet the noise that its start was made with.
         own = seed if start_time is None else _shifted(seed, 1000 * (i + 1))
-        operator = partial(Blur(boundary), kernel=kernel.expand(len(y), -1, -1, -1))
+        operator = partial(blur, kernel=kernel.expand(len(y), -1, -1, -1))
         common = dict(steps=steps, samples=samples, guidance=guidance, seed=own, **options)
         run = sample(y, operator, {"image": image_prior}, **common)
         seconds += run.seconds
         drawn = run.posterior("image")
         if start_time is not None:
             image0 = drawn[:, 0]
-        kernel = fit_kernel(y, drawn, noise_std, kernel, regularizer, boundary=boundary)
+        kernel = _m_step(blur, y, drawn, noise_std, kernel, regularizer)
         # An image to go on from has its place, by fractions of a pixel: the kernel is not to move against it.
         kernel = centred(kernel) if start_time is None else recentred(kernel)
     latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
@@ -548,13 +562,21 @@ def _check_boundary(boundary: str) -> None:
         raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
 
 
-def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, boundary: str) -> Tensor:
-    """The kernel to start from, on y's device."""
+def blur_of(boundary: str, response: str) -> Blur | LinearLight:
+    """What EM inverts."""
     _check_boundary(boundary)
+    if response not in RESPONSES:
+        raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
+    return Blur(boundary) if response == "linear" else LinearLight(Blur(boundary))
+
+
+def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, operator: Blur | LinearLight) -> Tensor:
+    """The kernel to start from, on y's device."""
     if size < 1 or size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:
-        _, kernel0 = l0_pyramid(y, size, noise_std, periodic=boundary == "circular")
+        values = to_light(y) if isinstance(operator, LinearLight) else y
+        _, kernel0 = l0_pyramid(values, size, noise_std, periodic=operator.boundary == "circular")
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
         raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
     return kernel0.to(y).expand(len(y), -1, -1, -1)

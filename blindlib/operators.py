@@ -6,6 +6,7 @@ A blur is true convolution with the kernel's centre at pixel ``K // 2``, written
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -233,6 +234,87 @@ class Downsample:
     ) -> Tensor:
         """The proximal map of the data term by conjugate gradients; see :meth:`Blur.solve`."""
         return _proximal(lambda x: self(x, kernel), y, image, weight, iterations)
+
+
+class LinearLight:
+    """An operator that acts on light, as cameras do, of images whose values are those of a file (sRGB).
+
+    A sensor adds up light, but a file's values are no amounts of light: half the value is a fifth of the light. So
+    ``y = srgb(A(light(x)))``, which is not linear in ``x``: under blur a bright spot outshines its dark surroundings,
+    more than its value tells. Where contrasts are small it makes no difference. What a camera does beyond sRGB's curve
+    is not known here, nor what it has cut off at white.
+
+    Parameters
+    ----------
+    operator : Blur, SpaceVaryingBlur or Downsample
+        Linear in the image; what it does to light.
+
+    Examples
+    --------
+    >>> camera = LinearLight(Blur("valid"))
+    >>> camera(torch.zeros(1, 3, 95, 95), torch.ones(1, 1, 32, 32) / 1024).shape
+    torch.Size([1, 3, 64, 64])
+    """
+
+    def __init__(self, operator: Blur | SpaceVaryingBlur | Downsample) -> None:
+        self.operator, self.boundary, self.factor = operator, operator.boundary, getattr(operator, "factor", 1)
+        self.__signature__ = inspect.signature(operator)
+
+    def __repr__(self) -> str:
+        return f"LinearLight({self.operator!r})"
+
+    def __call__(self, image: Tensor, *args: object, **known: object) -> Tensor:
+        """Arguments, result's shape and errors are those of the operator. Differentiable in all."""
+        return to_srgb(self.operator(to_light(image), *args, **known))
+
+    def sizes(self, *args: object, **sizes: object) -> dict[str, tuple[int, int]]:
+        """As of the operator."""
+        return self.operator.sizes(*args, **sizes)
+
+    def solve(
+        self, y: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12, **known: object
+    ) -> Tensor:
+        """A step of Gauss and Newton to ``argmin_x |y - A(x)|^2 + weight |x - image|^2``, linearised at ``image``.
+
+        Parameters as of :meth:`Blur.solve`, ``known`` being the operator's own. By conjugate gradients: noise that is
+        alike at all values is not alike in light, so that no FFT inverts it, whatever the boundary.
+        """
+        light = to_light(image)
+        of_image, of_y = _light_per_value(image), _light_per_value(y)
+
+        def blurred(x: Tensor) -> Tensor:
+            return self.operator(x, **known)
+
+        def forward(change: Tensor) -> Tensor:
+            return blurred(of_image * change) / of_y
+
+        def transposed(r: Tensor) -> Tensor:
+            return of_image * _transposed(blurred, r / of_y, image)
+
+        missing, nothing = (to_light(y) - blurred(light)) / of_y, torch.zeros_like(image)
+        change = _conjugate_gradients(forward, transposed, missing, nothing, weight, iterations)
+        return to_srgb(light + of_image * change)
+
+
+def to_light(image: Tensor) -> Tensor:
+    """The light that sRGB values in [-1, 1] stand for, from -1 (none) to 1 (white), by IEC 61966-2-1.
+
+    Values beyond, such as noise makes, go on along the curve, and below black along its straight part.
+    """
+    s = (image + 1) / 2
+    return 2 * torch.where(s <= 0.04045, s / 12.92, ((s.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4) - 1
+
+
+def to_srgb(light: Tensor) -> Tensor:
+    """The sRGB values in [-1, 1] of ``light``: the inverse of :func:`to_light`."""
+    s = (light + 1) / 2
+    return 2 * torch.where(s <= 0.0031308, 12.92 * s, 1.055 * s.clamp(min=0.0031308) ** (1 / 2.4) - 0.055) - 1
+
+
+def _light_per_value(image: Tensor) -> Tensor:
+    """Derivative of :func:`to_light`."""
+    s = (image + 1) / 2
+    return torch.where(s <= 0.04045, 1 / 12.92, 2.4 / 1.055 * ((s.clamp(min=0.04045) + 0.055) / 1.055) ** 1.4)
 
 
 class Turbulence:

@@ -42,7 +42,7 @@ photo = ""  # path of your own photograph; empty: the astronaut, blurred by a mo
 import torch
 from skimage import data
 
-from blindlib import Blur, deblur, display, mnc, motion_kernels, psnr
+from blindlib import Blur, LinearLight, deblur, display, mnc, motion_kernels, psnr
 from blindlib.deblur import read_image, resize
 from blindlib.metrics import aligned
 
@@ -52,8 +52,9 @@ side, rounds, starts = {"ci": (64, 3, 1), "cpu": (128, 12, 1), "gpu": (256, 12, 
 # ## The photograph
 #
 # Yours, if you named one. Otherwise we blur the astronaut ourselves, as a camera does: the sensor sees a part of the
-# scene, every pixel gathers light along the path of the shake, and noise is added. Then the truth is known and the
-# result can be scored. `deblur` is told nothing but the blurred picture.
+# scene, every pixel gathers light along the path of the shake, the light is written as values (along a curve, sRGB:
+# half the value is a fifth of the light), and noise is added. Then the truth is known and the result can be scored.
+# `deblur` is told nothing but the blurred picture, and that it is a photograph.
 
 # %%
 if photo:
@@ -63,7 +64,7 @@ else:
     scene = resize(read_image(data.astronaut()[:440, 20:460]), side + pad)
     true_kernel = motion_kernels(1, 32, seed=100 + seed)
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    blurred = Blur("valid")(scene, true_kernel) + 0.02 * noise
+    blurred = LinearLight(Blur("valid"))(scene, true_kernel) + 0.02 * noise
     truth = scene[..., 15 : 15 + side, 15 : 15 + side]
 
 _ = display.show({"the photograph": blurred}, size=3)
@@ -81,7 +82,8 @@ _ = display.show({"the photograph": blurred}, size=3)
 if preset != "ci":
     print("two to four minutes on two CPU cores, seconds on a GPU")
 guesses = truth is not None  # told below; on a large photograph it takes minutes
-result = deblur(blurred, rounds=rounds, starts=starts, error=guesses, seed=seed, device=device)
+search = dict(rounds=rounds, starts=starts, seed=seed, device=device)
+result = deblur(blurred, response="srgb", error=guesses, **search)  # the light was blurred
 
 # %%
 pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}

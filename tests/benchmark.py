@@ -2,9 +2,10 @@
 
 Fresh scenes and photographs, seeded motion kernels, circular boundary, the shipped priors. Noise is given as in the
 Fast Diffusion EM paper, in 255ths of the range [0, 1]: 10 is a standard deviation of 20 / 255 = 0.078 on our [-1, 1].
-Every result is written to the JSON file as soon as it is there, one for each method and image; a run that was stopped
-goes on with what is missing, and ``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several at
-once, which then take longer, each by its own share: of such a run the seconds mean nothing.
+What is blurred are the values, as in all papers; or, with ``--response srgb``, the light that they stand for, as in a
+camera. Every result is written to the JSON file as soon as it is there, one for each method and image; a run that was
+stopped goes on with what is missing, and ``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several
+at once, which then take longer, each by its own share: of such a run the seconds mean nothing.
 """
 
 import argparse
@@ -41,9 +42,11 @@ from blindlib import (
     sample,
 )
 from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
+from blindlib.em import RESPONSES, blur_of
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import aligned
+from blindlib.operators import to_light
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
@@ -65,30 +68,36 @@ def photographs(seed: int, size: int) -> Tensor:
     return torch.cat(out)
 
 
-def measured(size: int, noise_std: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def measured(size: int, noise_std: float, seed: int, response: str = "linear") -> tuple[Tensor, Tensor, Tensor]:
     """Eight scenes, then eight photographs; their kernels; and what is measured of them."""
     x = torch.cat([dead_leaves(8, size, seed=seed), photographs(seed, size)])
     k = motion_kernels(16, WINDOW, seed=seed + 1)
-    y = Blur()(x, k) + noise_std * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 2))
+    y = blur_of("circular", response)(x, k) + noise_std * torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(seed + 2)
+    )
     return x, k, y
 
 
-def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, Callable[[], Result]]:
+def methods(
+    y: Tensor, k: Tensor, noise_std: float, priors: dict, response: str = "linear"
+) -> dict[str, Callable[[], Result]]:
     """Each method by name, to be run on one measurement; those that tell most in least time first."""
-    image = priors["image"]
-    only, known, side = {"image": image}, partial(Blur(), kernel=k), y.shape[-1]
-    em = dict(kernel_size=WINDOW, noise_std=noise_std)
+    image, blur = priors["image"], blur_of("circular", response)
+    only, known, side = {"image": image}, partial(blur, kernel=k), y.shape[-1]
+    em = dict(kernel_size=WINDOW, noise_std=noise_std, response=response)
+    values = to_light(y) if response == "srgb" else y
 
     def blind(steps: int, guidance: DPS = OURS) -> Callable[[], Result]:
-        return partial(sample, y, Blur(), priors, steps=steps, guidance=guidance.respaced(steps, side))
+        return partial(sample, y, blur, priors, steps=steps, guidance=guidance.respaced(steps, side))
 
-    def with_kernel(kernel: Tensor, noise: float) -> Result:
+    def with_kernel(kernel: Tensor, noise: float, told: Callable = blur) -> Result:
         """``y`` restored as ``deblur`` does."""
-        latents = {"image": restore(y, kernel, image, Blur(), noise), "kernel": kernel}
+        latents = {"image": restore(y, kernel, image, told, noise), "kernel": kernel}
         return Result(latents, 1, torch.zeros(1), RESTORE, 0.0, {})
 
-    def as_deblur() -> Result:
-        made = deblur(y, boundary="circular", noise_std=noise_std, priors=priors, device=y.device, progress=False)
+    def as_deblur(told: str = response) -> Result:
+        settings = dict(boundary="circular", response=told, noise_std=noise_std)
+        made = deblur(y, **settings, priors=priors, device=y.device, progress=False)
         # 20 for each kernel, to choose; at most, as kernels that have become one go on as one.
         evaluations = (len(GUESSES) + 1) * (EM_STEPS + 2 * (ROUNDS * ROUND_STEPS + 20)) + RESTORE
         latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
@@ -99,16 +108,20 @@ def methods(y: Tensor, k: Tensor, noise_std: float, priors: dict) -> dict[str, C
     returns = partial(
         sample,
         y,
-        Blur(),
+        blur,
         priors,
         steps=t(160) + 4 * t(60, first=300) + 10 * t(60, first=120),
         guidance=OURS.respaced(300, side),
     )
     fast, diff = (partial(f, y, image, **em) for f in (fast_em, diffusion_em))
-    return {
+    in_values = {
+        "kernel known, DPIR, as if values were blurred": partial(with_kernel, k, noise_std, Blur()),
+        "as deblur, as if values were blurred": partial(as_deblur, "linear"),
+    }
+    return (in_values if response == "srgb" else {}) | {
         "kernel known, DPIR": partial(with_kernel, k, noise_std),
         "as deblur: l0_pyramid, FastEM, DiffEM": as_deblur,
-        "l0_pyramid, then DPIR": lambda: with_kernel(l0_pyramid(y, WINDOW, noise_std)[1], 2 * noise_std),
+        "l0_pyramid, then DPIR": lambda: with_kernel(l0_pyramid(values, WINDOW, noise_std)[1], 2 * noise_std),
         "kernel known, DiffPIR, n = 4": partial(
             sample, y, known, only, steps=20, samples=4, guidance=DiffPIR(noise_std)
         ),
@@ -161,6 +174,7 @@ class Cell:
     method: str
     item: str
     noise_std: float
+    response: str
     x: Tensor
     k: Tensor
     y: Tensor
@@ -175,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[10.0], help="in 255ths of [0, 1]: 5 10 20")
     parser.add_argument("--images", type=int, default=4, help="of each kind, at most 8")
     parser.add_argument("--seed", type=int, default=3000)
+    parser.add_argument("--response", choices=RESPONSES, default="linear", help="what is blurred: values, or light")
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
@@ -217,14 +232,14 @@ def run(a: argparse.Namespace, table: dict) -> None:
 def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
     """All cells of one noise level."""
     noise_std, n = 2 * noise / 255, a.images
-    x, k, y = measured(a.size, noise_std, a.seed)
-    names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu")))
+    x, k, y = measured(a.size, noise_std, a.seed, a.response)
+    names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu"), a.response))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    setting = f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}"
+    setting = f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}" + (", light" if a.response == "srgb" else "")
     items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
     # Copies: with a part of a tensor, the whole of it would go to a worker.
     of_item = {item: [v[i : i + 1].clone() for v in (x, k, y)] for item, i in items.items()}
-    return [Cell(setting, name, item, noise_std, *of_item[item]) for name in names for item in items]
+    return [Cell(setting, name, item, noise_std, a.response, *of_item[item]) for name in names for item in items]
 
 
 @cache
@@ -240,7 +255,7 @@ def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
     x, k, y = (v.to(device) for v in (cell.x, cell.k, cell.y))
     if cell.method == "blurred":
         return cell, scores(y, None, x, k)
-    method = methods(y, k, cell.noise_std, load_priors(device))[cell.method]
+    method = methods(y, k, cell.noise_std, load_priors(device), cell.response)[cell.method]
     began, result, entry = time.perf_counter(), None, {}
     try:
         result = method()

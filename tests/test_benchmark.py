@@ -20,7 +20,7 @@ def test_scores_do_not_mind_a_shift(g):
 def test_a_stopped_benchmark_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     done, limit = [], [3]
 
-    def cheap(y, k, noise_std, priors):
+    def cheap(y, k, noise_std, priors, response):
         def run():
             if len(done) == limit[0]:
                 raise KeyboardInterrupt
@@ -57,7 +57,7 @@ def test_several_jobs_measure_the_same(tmp_path):
 
     # What a worker is asked a second time, since another died after its result was home, it does not do.
     empty = torch.zeros(0)
-    cell = benchmark.Cell(setting, "blurred", "scene 0", 0.1, empty, empty, empty)
+    cell = benchmark.Cell(setting, "blurred", "scene 0", 0.1, "linear", empty, empty, empty)
     assert benchmark.measure(cell, tmp_path / "1.json") == (cell, None)
 
 
@@ -66,3 +66,12 @@ def test_the_table_has_means_and_standard_errors():
     items = {"scene 0": entry | {"psnr": 20.0}, "scene 1": entry | {"psnr": 22.0}, "scene 2": {"diverged": "so"}}
     shown = benchmark.markdown({"results": {"64x64": {"some": items}}})
     assert "| some (2) | 21.00 ± 1.00 |  | 0.500 ± 0.000 | 0.900 ± 0.000 |  |" in shown
+
+
+def test_light_is_blurred_on_demand(tmp_path):
+    arguments = ["--images", "1", "--noise", "2", "--only", "known, DPIR", "--response", "srgb"]
+    benchmark.main([*arguments, "--out", str(tmp_path / "b.json")])
+    ((setting, rows),) = json.loads((tmp_path / "b.json").read_text())["results"].items()
+    assert setting.endswith(", light")
+    right, wrong = (rows[f"kernel known, DPIR{told}"]["photograph 0"] for told in ("", ", as if values were blurred"))
+    assert right["psnr"] > wrong["psnr"] + 2

@@ -16,6 +16,7 @@ from blindlib import (
     Deblurred,
     Downsample,
     Learned,
+    LinearLight,
     SpaceVaryingBlur,
     dead_leaves,
     deblur,
@@ -255,6 +256,20 @@ def test_the_expected_error_of_other_operators_and_batches(g):
     assert expected_error(y[:1], k, prior, Downsample(2), 0.02, **few).shape == (1, 1, 96, 96)
 
 
+def test_of_a_photograph_the_light_was_blurred(tmp_path):
+    """Of a tensor, which comes from a simulation, the values."""
+    scene, k = resize(read_image(data.astronaut()[:256, 100:356]), 95), motion_kernels(1, 32, seed=2)
+    write_image(LinearLight(Blur("valid"))(scene, k), tmp_path / "photo.png")
+    common, truth = dict(kernel=k, progress=False), scene[..., 15:79, 15:79]
+    out = {told: deblur(tmp_path / "photo.png", response=told, **common) for told in (None, "srgb", "linear")}
+    assert out[None].figures["response"] == "srgb" and torch.equal(out[None].image, out["srgb"].image)
+    assert psnr(out["srgb"].image, truth) > psnr(out["linear"].image, truth) + 4
+    y = read_image(tmp_path / "photo.png")
+    torch.testing.assert_close(deblur(y, **common).image, out["linear"].image)
+    with pytest.raises(ValueError, match="response: expected one of"):
+        deblur(y, response="raw")
+
+
 @pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])
 def test_other_boundaries(boundary, blurred):
     scene, k, _ = blurred
@@ -265,7 +280,9 @@ def test_other_boundaries(boundary, blurred):
 
 
 def test_blind_from_a_file_to_a_file(tmp_path, blurred):
-    scene, k, y = blurred
+    scene, k, _ = blurred
+    y = LinearLight(Blur("valid"))(dead_leaves(1, 128, seed=77), k)
+    y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
     write_image(y, tmp_path / "photo.png")
     status = main(
         ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "8", "--crop", "65"]

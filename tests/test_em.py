@@ -12,6 +12,7 @@ from blindlib import (
     Blur,
     DiffusionPrior,
     KernelDenoiser,
+    LinearLight,
     PiGDM,
     PlugAndPlay,
     Threshold,
@@ -265,6 +266,22 @@ def test_known_kernel_by_pigdm_sharpens():
     assert (psnr(run.image, x) > psnr(y, x) + 3).all()
 
 
+def test_em_of_light_that_was_blurred():
+    from skimage import data
+
+    from blindlib.deblur import read_image, resize
+
+    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=2)
+    y = LinearLight(Blur())(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    common = dict(image_prior=load_prior("image"), kernel_size=32, noise_std=0.02)
+    fast = {told: fast_em(y, steps=30, response=told, **common) for told in ("srgb", "linear")}
+    assert mnc(fast["srgb"].kernel, k) > max(0.95, mnc(fast["linear"].kernel, k) + 0.03)
+    options = dict(steps=6, rounds=2, start_time=150, backbone="diffpir", regularizer=Annealed(load_prior("kernel")))
+    options |= dict(kernel0=fast["srgb"].kernel, image0=fast["srgb"].image)
+    found = {told: diffusion_em(y, response=told, **options, **common) for told in ("srgb", "linear")}
+    assert 1 - mnc(found["srgb"].kernel, k) < 0.8 * (1 - mnc(found["linear"].kernel, k))
+
+
 @pytest.mark.parametrize("settings", [{}, as_published(32)], ids=["default", "as published"])
 def test_fast_em_finds_the_kernel_from_edges_and_from_no_blur(settings):
     from skimage import data
@@ -347,6 +364,7 @@ def test_bad_input_of_the_m_step(change, message):
         (dict(steps=[9, 0]), "steps: EM expects a number, got list"),
         (dict(kernel_size=17), "kernel_size: expected 1 to 16"),
         (dict(kernel0=delta(9)), "kernel0: expected shape"),
+        (dict(response="raw"), "response: expected one of"),
     ],
 )
 def test_bad_input_of_em(small_prior, change, message):

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 
-from blindlib import Blur, Downsample, SpaceVaryingBlur, Turbulence
+from blindlib import Blur, Downsample, LinearLight, SpaceVaryingBlur, Turbulence, dead_leaves, motion_kernels, psnr
 from blindlib.baselines import no_blur
-from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf, warp
+from blindlib.operators import BOUNDARIES, convolve_direct, convolve_fft, otf, to_light, to_srgb, warp
 
 PAD = {"zero": "constant", "reflect": "reflect", "circular": "wrap"}
 
@@ -338,3 +338,72 @@ def test_one_tilt_to_start_from_for_several_images(frames, g):
 def test_bad_frames(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------------------- light
+
+
+def test_light_is_what_the_standard_says():
+    values = torch.tensor([-1.0, 2 * 10 / 255 - 1, 0.0, 2 * 188 / 255 - 1, 1.0])
+    light = (to_light(values) + 1) / 2
+    torch.testing.assert_close(light, torch.tensor([0.0, 0.003035, 0.214041, 0.502886, 1.0]), atol=1e-6, rtol=1e-4)
+    beyond = torch.linspace(-1.3, 1.3, 301, dtype=torch.float64)
+    torch.testing.assert_close(to_srgb(to_light(beyond)), beyond, atol=1e-5, rtol=0)  # the standard's own gap
+    assert (to_light(beyond).diff() > 0).all()
+
+
+def test_light_adds_up(g):
+    """Half of white and half of black is what a camera shows as 188, not as 127."""
+    image = torch.full((1, 3, 8, 8), -1.0)
+    image[..., ::2] = 1
+    box = torch.zeros(1, 1, 3, 3)
+    box[..., 1, :2] = 0.5
+    assert LinearLight(Blur())(image, box).allclose(torch.tensor(2 * 187.52 / 255 - 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("operator", [Blur("circular"), Blur("valid"), Downsample(2, "reflect")], ids=repr)
+def test_where_contrast_is_small_light_makes_no_difference(operator, g):
+    k = torch.rand(1, 1, 3, 3, generator=g)
+    k, camera = (k / k.sum()).double(), LinearLight(operator)
+    size = operator.sizes((12, 12), (3, 3))["image"]
+    assert camera.sizes((12, 12), (3, 3))["image"] == size
+    x, start = (0.2 + 1e-4 * torch.randn(2, 1, 3, *size, generator=g).double()).unbind()
+    y = operator(x, k)
+    torch.testing.assert_close(camera(x, k), y, atol=1e-6, rtol=0)
+    found, expected = (a.solve(y=y, kernel=k, image=start, weight=0.1, iterations=60) for a in (camera, operator))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert (expected - start).abs().max() > 5e-5
+
+
+@pytest.mark.parametrize("operator", [Blur("circular"), Blur("valid"), SpaceVaryingBlur("zero")], ids=repr)
+def test_a_step_to_the_light_is_that_of_gauss_and_newton(operator, g):
+    psfs = motion_kernels(4, 7, seed=1).double()
+    known = {"psfs": psfs.reshape(1, 2, 2, 1, 7, 7)} if isinstance(operator, SpaceVaryingBlur) else {"kernel": psfs[:1]}
+    scene, start = dead_leaves(2, 24, seed=1).double().split(1)
+    camera = LinearLight(operator)
+    y = camera(scene, **known)
+    found = camera.solve(y=y, image=start, weight=0.1, iterations=200, **known)
+
+    slopes = [torch.autograd.functional.jvp(to_light, v, torch.ones_like(v))[1] for v in (start, y)]
+    change = ((to_light(found) - to_light(start)) / slopes[0]).requires_grad_(True)
+    blurred = operator(to_light(start) + slopes[0] * change, **known)
+    objective = ((to_light(y) - blurred) / slopes[1]).square().sum() + 0.1 * change.square().sum()
+    assert torch.autograd.grad(objective, change)[0].abs().max() < 1e-5
+    assert (camera(found, **known) - y).square().mean() < 0.2 * (camera(start, **known) - y).square().mean()
+
+
+def test_samplers_restore_what_a_camera_has_blurred():
+    from skimage import data
+
+    from blindlib import DPS, DiffPIR, PiGDM, dpir, load_prior, sample
+    from blindlib.deblur import read_image, resize
+
+    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=2)
+    prior, camera = load_prior("image"), partial(LinearLight(Blur()), kernel=k)
+    y = camera(x) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    unheeded = psnr(dpir(y, partial(Blur(), kernel=k), prior, 0.02), x)
+    assert psnr(dpir(y, camera, prior, 0.02), x) > max(unheeded, psnr(y, x)) + 4
+    for guidance in (DPS().respaced(60), DiffPIR(0.02), PiGDM(0.02)):
+        steps = 60 if isinstance(guidance, DPS) else 20
+        made = sample(y, camera, {"image": prior}, steps=steps, guidance=guidance)
+        assert psnr(made.image, x) > max(unheeded, psnr(y, x)) + 1, guidance
