@@ -13,6 +13,7 @@ Every result is written to the JSON file as soon as it is there; a run that was 
 import argparse
 import json
 import platform
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from benchmark import SHIFT, SUBPIXEL, load_priors, measured, read
 from torch import Tensor
 
-from blindlib import DPS, Blur, DiffPIR, PiGDM, deblur, mnc, sample
+from blindlib import DPS, DiffPIR, PiGDM, deblur, mnc, sample
+from blindlib.em import RESPONSES, blur_of
 from blindlib.files import whole
 from blindlib.metrics import aligned, error_over_spread, ranks
 
@@ -35,19 +37,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise-std", type=float, default=0.02, help="on the [-1, 1] scale")
     parser.add_argument("--images", type=int, default=8, help="of each kind, at most 8")
     parser.add_argument("--seed", type=int, default=2034)
+    parser.add_argument("--response", choices=RESPONSES, default="linear", help="what is blurred: values, or light")
     parser.add_argument("--only", nargs="+", help="rows whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/calibration.json"))
     a = parser.parse_args(argv)
     a.out.parent.mkdir(exist_ok=True)
     table = read(a.out)
     table["machine"] = f"{platform.machine()}, torch {torch.__version__}"
-    x, k, y = measured(a.size, a.noise_std, a.seed)
+    x, k, y = measured(a.size, a.noise_std, a.seed, a.response)
+    blur = blur_of("circular", a.response)
     samplers = {
         "DiffPIR, 50 steps": (DiffPIR(a.noise_std, strength=1.0), 50),
         "PiGDM, 50 steps": (PiGDM(a.noise_std), 50),
         "DPS, 100 steps": (DPS().respaced(100, a.size), 100),
     }
-    of_setting = table["results"].setdefault(f"{a.size}x{a.size}, noise_std {a.noise_std:g}, seed {a.seed}", {})
+    setting = f"{a.size}x{a.size}, noise_std {a.noise_std:g}, seed {a.seed}"
+    of_setting = table["results"].setdefault(setting + (", light" if a.response == "srgb" else ""), {})
     for name in [*MAPS, *samplers]:
         if a.only is not None and not any(part in name for part in a.only):
             continue
@@ -58,17 +63,19 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             one = x[i : i + 1], k[i : i + 1], y[i : i + 1]
             if name in MAPS:
-                row[item] = of_map(*one, a.noise_std, known=MAPS[name])
+                row[item] = of_map(*one, a.noise_std, a.response, known=MAPS[name])
             else:
-                row[item] = of_samples(*one, *samplers[name], seed=i)
+                row[item] = of_samples(*one, blur, *samplers[name], seed=i)
             with whole(a.out) as part:
                 part.write_text(json.dumps(table, indent=1) + "\n")
     print(markdown(table))
 
 
-def of_samples(x: Tensor, k: Tensor, y: Tensor, guidance: object, steps: int, seed: int) -> dict[str, float]:
+def of_samples(
+    x: Tensor, k: Tensor, y: Tensor, blur: Callable, guidance: object, steps: int, seed: int
+) -> dict[str, float]:
     only = {"image": load_priors("cpu")["image"]}
-    run = sample(y, partial(Blur(), kernel=k), only, steps=steps, samples=SAMPLES, guidance=guidance, seed=seed)
+    run = sample(y, partial(blur, kernel=k), only, steps=steps, samples=SAMPLES, guidance=guidance, seed=seed)
     drawn = run.posterior("image")
     frequency = ranks(drawn, x)[0]
     return {
@@ -79,11 +86,11 @@ def of_samples(x: Tensor, k: Tensor, y: Tensor, guidance: object, steps: int, se
     }
 
 
-def of_map(x: Tensor, k: Tensor, y: Tensor, noise_std: float, known: bool) -> dict[str, float]:
+def of_map(x: Tensor, k: Tensor, y: Tensor, noise_std: float, response: str, known: bool) -> dict[str, float]:
     kernel = {"kernel": k} if known else {}
     made = deblur(
-        y, boundary="circular", noise_std=noise_std, error=True, priors=load_priors("cpu"), device="cpu",
-        progress=False, **kernel,
+        y, boundary="circular", response=response, noise_std=noise_std, error=True, priors=load_priors("cpu"),
+        device="cpu", progress=False, **kernel,
     )  # fmt: skip
     shift = (0, 1) if known else (SHIFT, SUBPIXEL)  # of which no measurement tells
     ref, found = aligned(x, made.image.clamp(-1, 1), *shift)  # the truth moves: the map belongs to the picture

@@ -3,6 +3,8 @@ import json
 import calibration
 import pytest
 
+from blindlib import Blur, DiffPIR
+
 
 def test_what_the_maps_say_is_measured_once(tmp_path, monkeypatch, capsys):
     arguments = ["--images", "1", "--seed", "6000", "--only", "kernel known", "--out", str(tmp_path / "c.json")]
@@ -21,5 +23,5 @@ def test_what_the_maps_say_is_measured_once(tmp_path, monkeypatch, capsys):
 def test_honest_samples_are_told_from_others(monkeypatch):
     monkeypatch.setattr(calibration, "SAMPLES", 3)
     x, k, y = calibration.measured(size=64, noise_std=0.02, seed=6000)
-    row = calibration.of_samples(x[:1], k[:1], y[:1], calibration.DiffPIR(0.02, strength=1.0), 10, seed=0)
+    row = calibration.of_samples(x[:1], k[:1], y[:1], Blur(), DiffPIR(0.02, strength=1.0), 10, seed=0)
     assert row["ratio"] > 1.2 and row["inside"] < 0.5 and sum(row["ranks"]) == pytest.approx(1, abs=1e-3)
