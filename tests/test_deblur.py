@@ -420,6 +420,16 @@ def test_an_impossible_output_is_refused_before_the_work(tmp_path, out, capsys):
     assert "path: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told, handed_on", [([], {}), (["--response", "linear"], {"response": "linear"})])
+def test_what_was_blurred_is_handed_on(tmp_path, monkeypatch, told, handed_on):
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
+    given, x = {}, torch.zeros(1, 3, 64, 64)
+    made = Deblurred(x, no_blur(1, 3), x, no_blur(1, 3), x, {"seconds": 0.0})
+    monkeypatch.setattr(sys.modules["blindlib.__main__"], "deblur", lambda *a, **options: given.update(options) or made)
+    assert main(["deblur", str(tmp_path / "in.png"), "--quiet", "--out", str(tmp_path / "out.png"), *told]) == 0
+    assert {name: value for name, value in given.items() if name == "response"} == handed_on
+
+
 def test_white_is_an_error_of_a_quarter_of_the_range(tmp_path, monkeypatch):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
     x, error = torch.zeros(1, 3, 1, 4), torch.tensor([0.0, 0.25, 0.5, 0.9])[None, None, None]

@@ -27,7 +27,7 @@ from blindlib import (
     motion_kernels,
     shaken_psfs,
 )
-from blindlib.__main__ import main
+from blindlib.__main__ import main, read_folder
 from blindlib.deblur import read_image, write_image
 from blindlib.jobs import Team
 from blindlib.matching import (
@@ -46,7 +46,7 @@ from blindlib.matching import (
     standard,
     velocity,
 )
-from blindlib.operators import otf
+from blindlib.operators import otf, to_light
 from blindlib.priors import WEIGHTS
 
 TINY = dict(base_channels=8, multipliers=(1,), groups=4)
@@ -665,6 +665,15 @@ def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
     expected = deblur(photo, kernel=kernel, progress=False).image
     torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
+
+
+def test_of_photographs_the_light_is_compared(folders):
+    whole = dict(name="clean", least=30, crop=100, seed=0, say=lambda line: None)
+    light, values = (read_folder(folders / "clean", response=told, **whole)[0] for told in ("srgb", "linear"))
+    x = read_image(folders / "clean" / "a.png")
+    torch.testing.assert_close(values, x[0].mean(0, keepdim=True))
+    torch.testing.assert_close(light, to_light(x)[0].mean(0, keepdim=True))
+    assert light.mean() < values.mean() - 0.05
 
 
 def test_a_grid_from_two_folders(folders, capsys):
