@@ -210,8 +210,8 @@ def read_folder(
     """The photographs of a folder as grey images (1, H, W) in [-1, 1]; what is no picture or too small is skipped.
 
     Of an sRGB response they are the light, which is what was blurred. Grey is the mean of the colours: blur commutes
-    with it, and noise gets less. Of a photograph larger than ``crop`` a
-    random part is taken, never a smaller copy, for which the blur would be another one.
+    with it, and noise gets less. Of a photograph larger than ``crop`` a random part is taken, never a smaller copy, for
+    which the blur would be another one.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
