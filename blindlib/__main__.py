@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--response",
         choices=RESPONSES,
-        help="of the camera: was light blurred, of which a file's values are a code (srgb, the default, right for "
-        "photographs), or the values themselves (linear, as in most simulations)?",
+        help="of the camera: was light blurred, of which a file's values are a code (srgb, default with --operator), "
+        "or the values themselves (linear, default without: srgb is better where the blur is strong, and fails where "
+        "there is next to none)?",
     )
     p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")

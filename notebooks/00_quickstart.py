@@ -54,7 +54,7 @@ side, rounds, starts = {"ci": (64, 3, 1), "cpu": (128, 12, 1), "gpu": (256, 12, 
 # Yours, if you named one. Otherwise we blur the astronaut ourselves, as a camera does: the sensor sees a part of the
 # scene, every pixel gathers light along the path of the shake, the light is written as values (along a curve, sRGB:
 # half the value is a fifth of the light), and noise is added. Then the truth is known and the result can be scored.
-# `deblur` is told nothing but the blurred picture, and that it is a photograph.
+# `deblur` is told nothing but the blurred picture, and that light was blurred.
 
 # %%
 if photo:
@@ -82,8 +82,10 @@ _ = display.show({"the photograph": blurred}, size=3)
 if preset != "ci":
     print("two to four minutes on two CPU cores, seconds on a GPU")
 guesses = truth is not None  # told below; on a large photograph it takes minutes
-search = dict(rounds=rounds, starts=starts, seed=seed, device=device)
-result = deblur(blurred, response="srgb", error=guesses, **search)  # the light was blurred
+# We blurred light. Of your own photograph values are taken for it, which is safer where there is little blur;
+# where there is much, try "srgb" for it too.
+response = "linear" if photo else "srgb"
+result = deblur(blurred, rounds=rounds, starts=starts, response=response, error=guesses, seed=seed, device=device)
 
 # %%
 pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}
