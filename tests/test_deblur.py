@@ -286,15 +286,8 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     write_image(y, tmp_path / "photo.png")
     status = main(
         ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "8", "--crop", "65"]
-        + [
-            "--response",
-            "srgb",
-            "--kernel-out",
-            str(tmp_path / "kernel.png"),
-            "--error-out",
-            str(tmp_path / "error.png"),
-            "--quiet",
-        ]
+        + ["--kernel-out", str(tmp_path / "kernel.png"), "--error-out", str(tmp_path / "error.png")]
+        + ["--response", "srgb", "--quiet"]
     )
     written = ["error.png", "kernel.png", "photo.png", "sharp.png"]
     assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == written
