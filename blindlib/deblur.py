@@ -18,11 +18,11 @@ from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.checks import check_counts, check_positive, check_priors
-from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, diffusion_em, fast_em
+from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
-from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, seen, to_light
+from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, seen
 from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 
@@ -505,16 +505,15 @@ def find_kernels(
         The best first, and what each leaves unexplained.
     """
     window = priors["kernel"].shape[1]
+    response = "srgb" if isinstance(blur, LinearLight) else "linear"
     if blur.boundary not in EM_BOUNDARIES:  # what is far enough from the edges is as if the sensor saw no more
-        y, valid = y[..., *seen(y.shape[-2:], (window, window))], Blur("valid")
-        blur = LinearLight(valid) if isinstance(blur, LinearLight) else valid
-    response, values = ("srgb", to_light(y)) if isinstance(blur, LinearLight) else ("linear", y)
-    pyramid = partial(l0_pyramid, values, window, noise_std, periodic=blur.boundary == "circular")
+        y, blur = y[..., *seen(y.shape[-2:], (window, window))], blur_of("valid", response)
+    periodic = blur.boundary == "circular"
+    pyramid = partial(l0_pyramid, linear_values(blur, y), window, noise_std, periodic=periodic)
     guesses = [pyramid(strength=strength, ridge=ridge)[1] for strength, ridge in GUESSES]
     guesses = torch.cat([*guesses, no_blur(1, window).to(y)])
     many = y.expand(len(guesses), -1, -1, -1)
-    of_blur = dict(boundary=blur.boundary, response=response)
-    common = dict(kernel_size=window, noise_std=noise_std, progress=progress, **of_blur)
+    common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, response=response, progress=progress)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
     seeds = torch.randint(2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed)).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)

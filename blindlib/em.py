@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.checks import check_counts, check_positive
 from blindlib.metrics import recentred
-from blindlib.operators import Blur, LinearLight, otf, seen, to_light, windowed
+from blindlib.operators import Blur, LinearLight, linear_values, otf, seen, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, DiffPIR, Latents, PiGDM, Result, bar, sample
 from blindlib.schedule import NoiseSchedule
@@ -406,8 +406,7 @@ class EM:
 
 def _m_step(operator: Blur | LinearLight, y: Tensor, x_samples: Tensor, *args: object) -> Tensor:
     """:func:`fit_kernel`, in light if that is what is blurred; the noise there is as large in the mean."""
-    if isinstance(operator, LinearLight):
-        y, x_samples = to_light(y), to_light(x_samples)
+    y, x_samples = (linear_values(operator, v) for v in (y, x_samples))
     return fit_kernel(y, x_samples, *args, boundary=operator.boundary)
 
 
@@ -575,8 +574,8 @@ def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, opera
     if size < 1 or size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:
-        values = to_light(y) if isinstance(operator, LinearLight) else y
-        _, kernel0 = l0_pyramid(values, size, noise_std, periodic=operator.boundary == "circular")
+        periodic = operator.boundary == "circular"
+        _, kernel0 = l0_pyramid(linear_values(operator, y), size, noise_std, periodic=periodic)
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
         raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
     return kernel0.to(y).expand(len(y), -1, -1, -1)

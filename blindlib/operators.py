@@ -285,15 +285,24 @@ class LinearLight:
         def blurred(x: Tensor) -> Tensor:
             return self.operator(x, **known)
 
+        # Where it is dark a little light is many values: without this scale a dozen iterations get nowhere. Kernels are
+        # not negative and have the sum 1, so that A^T w is no less than the diagonal of A^T w A.
+        scale = (of_image**2 * _transposed(blurred, of_y**-2, image) + weight) ** -0.5
+
         def forward(change: Tensor) -> Tensor:
-            return blurred(of_image * change) / of_y
+            return blurred(of_image * scale * change) / of_y
 
         def transposed(r: Tensor) -> Tensor:
-            return of_image * _transposed(blurred, r / of_y, image)
+            return of_image * scale * _transposed(blurred, r / of_y, image)
 
         missing, nothing = (to_light(y) - blurred(light)) / of_y, torch.zeros_like(image)
-        change = _conjugate_gradients(forward, transposed, missing, nothing, weight, iterations)
-        return to_srgb(light + of_image * change)
+        change = _conjugate_gradients(forward, transposed, missing, nothing, weight * scale**2, iterations)
+        return to_srgb(light + of_image * scale * change)
+
+
+def linear_values(operator: Callable, image: Tensor) -> Tensor:
+    """``image`` on the scale on which ``operator`` is linear: the light of a :class:`LinearLight`, else its values."""
+    return to_light(image) if isinstance(operator, LinearLight) else image
 
 
 def to_light(image: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from blindlib.em import RESPONSES, blur_of
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import aligned
-from blindlib.operators import to_light
+from blindlib.operators import linear_values
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
@@ -85,7 +85,7 @@ def methods(
     image, blur = priors["image"], blur_of("circular", response)
     only, known, side = {"image": image}, partial(blur, kernel=k), y.shape[-1]
     em = dict(kernel_size=WINDOW, noise_std=noise_std, response=response)
-    values = to_light(y) if response == "srgb" else y
+    values = linear_values(blur, y)
 
     def blind(steps: int, guidance: DPS = OURS) -> Callable[[], Result]:
         return partial(sample, y, blur, priors, steps=steps, guidance=guidance.respaced(steps, side))

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from skimage import data
+
+from blindlib import motion_kernels
+from blindlib.deblur import read_image, resize
 
 settings.register_profile("blindlib", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("blindlib")
@@ -33,6 +37,16 @@ def golden():
 @pytest.fixture
 def g():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def astronaut():
+    """Her head, (1, 3, side, side), and a kernel to blur it with."""
+
+    def of_side(side):
+        return resize(read_image(data.astronaut()[:256, 100:356]), side), motion_kernels(1, 32, seed=2)
+
+    return of_side
 
 
 @pytest.fixture

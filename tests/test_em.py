@@ -266,12 +266,8 @@ def test_known_kernel_by_pigdm_sharpens():
     assert (psnr(run.image, x) > psnr(y, x) + 3).all()
 
 
-def test_em_of_light_that_was_blurred():
-    from skimage import data
-
-    from blindlib.deblur import read_image, resize
-
-    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=2)
+def test_em_of_light_that_was_blurred(astronaut):
+    x, k = astronaut(64)
     y = LinearLight(Blur())(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     common = dict(image_prior=load_prior("image"), kernel_size=32, noise_std=0.02)
     fast = {told: fast_em(y, steps=30, response=told, **common) for told in ("srgb", "linear")}
@@ -283,13 +279,8 @@ def test_em_of_light_that_was_blurred():
 
 
 @pytest.mark.parametrize("settings", [{}, as_published(32)], ids=["default", "as published"])
-def test_fast_em_finds_the_kernel_from_edges_and_from_no_blur(settings):
-    from skimage import data
-
-    from blindlib import load_prior
-    from blindlib.deblur import read_image, resize
-
-    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=2)
+def test_fast_em_finds_the_kernel_from_edges_and_from_no_blur(settings, astronaut):
+    x, k = astronaut(64)
     y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02, steps=30, **settings)
     assert mnc(run.kernel, k) > 0.8 and mnc(run.kernel, delta(32)) < 0.7

@@ -392,13 +392,10 @@ def test_a_step_to_the_light_is_that_of_gauss_and_newton(operator, g):
     assert (camera(found, **known) - y).square().mean() < 0.2 * (camera(start, **known) - y).square().mean()
 
 
-def test_samplers_restore_what_a_camera_has_blurred():
-    from skimage import data
-
+def test_samplers_restore_what_a_camera_has_blurred(astronaut):
     from blindlib import DPS, DiffPIR, PiGDM, dpir, load_prior, sample
-    from blindlib.deblur import read_image, resize
 
-    x, k = resize(read_image(data.astronaut()[:256, 100:356]), 64), motion_kernels(1, 32, seed=2)
+    x, k = astronaut(64)
     prior, camera = load_prior("image"), partial(LinearLight(Blur()), kernel=k)
     y = camera(x) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     unheeded = psnr(dpir(y, partial(Blur(), kernel=k), prior, 0.02), x)
