@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--response",
         choices=RESPONSES,
-        help="of the camera: was light blurred, of which a file's values are a code (srgb, default with --operator), "
-        "or the values themselves (linear, default without: srgb is better where the blur is strong, and fails where "
-        "there is next to none)?",
+        help="of the camera: was light blurred, of which a file's values are a code (srgb, default), or the values "
+        "themselves, as by most programs (linear)?",
     )
     p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")

@@ -135,9 +135,7 @@ def deblur(
     response : {"srgb", "linear"}, optional
         Of the camera. ``"srgb"``: what was blurred is the light, and a file's values are its code
         (:class:`~blindlib.operators.LinearLight`), as in photographs. ``"linear"``: the values themselves were blurred,
-        as in most simulations. Default: ``"srgb"`` where the kernel is known and the photo is no tensor, which comes
-        from a simulation. Not where it is sought: on blurred pictures that is better by decibels, but a picture that is
-        hardly blurred is lost.
+        as in most simulations. Default: ``"srgb"``; of a tensor, which comes from a simulation, ``"linear"``.
     noise_std : float, optional
         Of the photograph's noise, on the [-1, 1] scale; estimated when not given.
     max_size : int, optional
@@ -169,7 +167,7 @@ def deblur(
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary: expected one of {BOUNDARIES}, got {boundary!r}")
     if response is None:
-        response = "linear" if kernel is None or isinstance(photo, Tensor) else "srgb"
+        response = "linear" if isinstance(photo, Tensor) else "srgb"
     if response not in RESPONSES:
         raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
     check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)

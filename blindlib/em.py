@@ -469,7 +469,7 @@ def fast_em(
     --------
     >>> run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02)  # doctest: +SKIP
     """
-    operator = blur_of(boundary, response)
+    operator = blur_of(boundary, response, noise_in="light")
     kernel0 = _start(y, kernel_size, kernel0, noise_std, operator)
     e_step = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     guidance = EM(e_step, noise_std, samples, regularizer, fit_below)
@@ -505,7 +505,7 @@ def diffusion_em(
     one, with new noise of that time: where only details are hidden, a few steps bring a sample that the new kernel
     allows.
     """
-    blur = blur_of(boundary, response)
+    blur = blur_of(boundary, response, noise_in="light")
     kernel = _start(y, kernel_size, kernel0, noise_std, blur)
     check_counts(rounds=rounds)
     if image0 is not None and start_time is None:
@@ -561,12 +561,15 @@ def _check_boundary(boundary: str) -> None:
         raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
 
 
-def blur_of(boundary: str, response: str) -> Blur | LinearLight:
-    """What EM inverts."""
+def blur_of(boundary: str, response: str, noise_in: str = "values") -> Blur | LinearLight:
+    """What EM inverts, with the E-step's ``noise_in`` light: images must be drawn by the distance that the M-step has.
+
+    By that of values, kernels grow wider from round to round and images sharper, even from the truth.
+    """
     _check_boundary(boundary)
     if response not in RESPONSES:
         raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
-    return Blur(boundary) if response == "linear" else LinearLight(Blur(boundary))
+    return Blur(boundary) if response == "linear" else LinearLight(Blur(boundary), noise_in)
 
 
 def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, operator: Blur | LinearLight) -> Tensor:

@@ -248,6 +248,14 @@ class LinearLight:
     ----------
     operator : Blur, SpaceVaryingBlur or Downsample
         Linear in the image; what it does to light.
+    noise_in : {"values", "light"}
+        Where noise, and what a kernel gets wrong, is alike everywhere, for :meth:`solve`. In a file it is in the
+        values; an error of the kernel is one of light.
+
+    Raises
+    ------
+    ValueError
+        If ``noise_in`` is something else.
 
     Examples
     --------
@@ -256,12 +264,15 @@ class LinearLight:
     torch.Size([1, 3, 64, 64])
     """
 
-    def __init__(self, operator: Blur | SpaceVaryingBlur | Downsample) -> None:
+    def __init__(self, operator: Blur | SpaceVaryingBlur | Downsample, noise_in: str = "values") -> None:
+        if noise_in not in ("values", "light"):
+            raise ValueError(f"noise_in: expected 'values' or 'light', got {noise_in!r}")
+        self.noise_in = noise_in
         self.operator, self.boundary, self.factor = operator, operator.boundary, getattr(operator, "factor", 1)
         self.__signature__ = inspect.signature(operator)
 
     def __repr__(self) -> str:
-        return f"LinearLight({self.operator!r})"
+        return f"LinearLight({self.operator!r}, noise_in={self.noise_in!r})"
 
     def __call__(self, image: Tensor, *args: object, **known: object) -> Tensor:
         """Arguments, result's shape and errors are those of the operator. Differentiable in all."""
@@ -277,9 +288,12 @@ class LinearLight:
         """A step of Gauss and Newton to ``argmin_x |y - A(x)|^2 + weight |x - image|^2``, linearised at ``image``.
 
         Parameters as of :meth:`Blur.solve`, ``known`` being the operator's own. By conjugate gradients: noise that is
-        alike at all values is not alike in light, so that no FFT inverts it, whatever the boundary.
+        alike at all values is not alike in light, so that no FFT inverts it, whatever the boundary. With
+        ``noise_in="light"`` both distances are those of light, and it is the operator's own solve.
         """
         light = to_light(image)
+        if self.noise_in == "light":
+            return to_srgb(self.operator.solve(to_light(y), image=light, weight=weight, iterations=iterations, **known))
         of_image, of_y = _light_per_value(image), _light_per_value(y)
 
         def blurred(x: Tensor) -> Tensor:
@@ -287,7 +301,8 @@ class LinearLight:
 
         # Where it is dark a little light is many values: without this scale a dozen iterations get nowhere. Kernels are
         # not negative and have the sum 1, so that A^T w is no less than the diagonal of A^T w A.
-        scale = (of_image**2 * _transposed(blurred, of_y**-2, image) + weight) ** -0.5
+        seen_with = _transposed(blurred, of_y**-2, image).clamp(min=0)  # an FFT's rounding
+        scale = (of_image**2 * seen_with + weight) ** -0.5
 
         def forward(change: Tensor) -> Tensor:
             return blurred(of_image * scale * change) / of_y

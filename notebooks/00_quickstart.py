@@ -82,10 +82,8 @@ _ = display.show({"the photograph": blurred}, size=3)
 if preset != "ci":
     print("two to four minutes on two CPU cores, seconds on a GPU")
 guesses = truth is not None  # told below; on a large photograph it takes minutes
-# We blurred light. Of your own photograph values are taken for it, which is safer where there is little blur;
-# where there is much, try "srgb" for it too.
-response = "linear" if photo else "srgb"
-result = deblur(blurred, rounds=rounds, starts=starts, response=response, error=guesses, seed=seed, device=device)
+# A camera blurs light, of which a file's values are sRGB's code; and so did we.
+result = deblur(blurred, rounds=rounds, starts=starts, response="srgb", error=guesses, seed=seed, device=device)
 
 # %%
 pictures = {"before": result.blurred, "after": result.image, "kernel found": result.kernel}

@@ -538,9 +538,8 @@ figure = display.show(pictures, columns=3, size=2.3)
 # %% [markdown]
 # With the same kernel, exactly known, DPS gains one to five decibels and DPIR one to eight, by one line of code. Where
 # contrasts are small, as in the cat's fur, the two stories hardly differ; around the suit's dark collar the wrong one
-# makes white blotches. `deblur(..., response="srgb")` restores light. (By itself only where a file's kernel
-# is known: the *search* for a kernel in light gains decibels where the blur is strong, but still fails where there is
-# next to none.) From here on we blur values again, as the papers do, so that figures can be compared.
+# makes white blotches. `deblur` takes a file for light, and a tensor for a simulation of values, unless `response`
+# tells it otherwise. From here on we blur values again, as the papers do, so that figures can be compared.
 #
 # ## Where it fails
 #

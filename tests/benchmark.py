@@ -229,13 +229,17 @@ def run(a: argparse.Namespace, table: dict) -> None:
         print(f"{cell.setting} {cell.method}, {cell.item}: {entry}", flush=True)
 
 
+def setting_of(a: argparse.Namespace, noise: str) -> str:
+    return f"{a.size}x{a.size}, {noise}, seed {a.seed}" + (", light" if a.response == "srgb" else "")
+
+
 def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
     """All cells of one noise level."""
     noise_std, n = 2 * noise / 255, a.images
     x, k, y = measured(a.size, noise_std, a.seed, a.response)
     names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu"), a.response))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    setting = f"{a.size}x{a.size}, noise {noise:g}/255, seed {a.seed}" + (", light" if a.response == "srgb" else "")
+    setting = setting_of(a, f"noise {noise:g}/255")
     items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
     # Copies: with a part of a tensor, the whole of it would go to a worker.
     of_item = {item: [v[i : i + 1].clone() for v in (x, k, y)] for item, i in items.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark import SHIFT, SUBPIXEL, load_priors, measured, read
+from benchmark import SHIFT, SUBPIXEL, load_priors, measured, read, setting_of
 from torch import Tensor
 
 from blindlib import DPS, DiffPIR, PiGDM, deblur, mnc, sample
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "PiGDM, 50 steps": (PiGDM(a.noise_std), 50),
         "DPS, 100 steps": (DPS().respaced(100, a.size), 100),
     }
-    setting = f"{a.size}x{a.size}, noise_std {a.noise_std:g}, seed {a.seed}"
-    of_setting = table["results"].setdefault(setting + (", light" if a.response == "srgb" else ""), {})
+    of_setting = table["results"].setdefault(setting_of(a, f"noise_std {a.noise_std:g}"), {})
     for name in [*MAPS, *samplers]:
         if a.only is not None and not any(part in name for part in a.only):
             continue

@@ -287,7 +287,7 @@ def test_blind_from_a_file_to_a_file(tmp_path, blurred):
     status = main(
         ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "8", "--crop", "65"]
         + ["--kernel-out", str(tmp_path / "kernel.png"), "--error-out", str(tmp_path / "error.png")]
-        + ["--response", "srgb", "--quiet"]
+        + ["--quiet"]
     )
     written = ["error.png", "kernel.png", "photo.png", "sharp.png"]
     assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == written
@@ -395,10 +395,15 @@ def test_restoring_what_is_sharp_does_no_harm(blurred):
     assert psnr(out, scene) > 35
 
 
-def test_a_photo_that_is_not_blurred_comes_back_as_it_is(monkeypatch, capsys):
+@pytest.mark.parametrize("response", ["linear", "srgb"])
+def test_a_photo_that_is_not_blurred_comes_back_as_it_is(response, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 20)
     photo = resize(read_image(data.coffee()[:, :400]), 65)
-    out = deblur(photo, rounds=6, error=True)
+    write_image(photo, tmp_path / "photo.png")
+    given = photo if response == "linear" else tmp_path / "photo.png"
+    photo = read_image(given)
+    out = deblur(given, rounds=6, error=True)
+    assert out.figures["response"] == response
     assert mnc(out.kernel, no_blur(1, 33)) >= 0.9 and torch.equal(out.image, photo)
     assert out.error.unique().item() == pytest.approx(out.figures["noise_std"])
     assert "not blurred" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
@@ -390,6 +391,36 @@ def test_a_step_to_the_light_is_that_of_gauss_and_newton(operator, g):
     objective = ((to_light(y) - blurred) / slopes[1]).square().sum() + 0.1 * change.square().sum()
     assert torch.autograd.grad(objective, change)[0].abs().max() < 1e-5
     assert (camera(found, **known) - y).square().mean() < 0.2 * (camera(start, **known) - y).square().mean()
+
+
+@pytest.mark.parametrize("kernel", [torch.ones(1, 1, 5, 5) / 25, motion_kernels(1, 9, seed=1)], ids=["box", "motion"])
+def test_a_dozen_iterations_lead_to_the_light_where_dark_meets_bright(kernel, g):
+    x = F.interpolate(torch.randint(2, (1, 3, 8, 8), generator=g).float(), scale_factor=4) * 1.9 - 0.95
+    camera = LinearLight(Blur())
+    y = camera(x, kernel) + 0.02 * torch.randn(x.shape, generator=g)
+    start = torch.zeros_like(x)
+    found = [camera.solve(y=y, kernel=kernel, image=start, weight=1e-3, iterations=n) for n in (12, 400)]
+    left = [(camera(x, kernel) - y).norm() for x in found]
+    assert left[0] < 2 * left[1]
+
+
+def test_rounding_does_no_harm_where_no_light_arrives(g):
+    y, camera = 2 * torch.rand(1, 3, 97, 97, generator=g) - 1, LinearLight(Blur("valid"))
+    found = camera.solve(y=y, kernel=no_blur(1, 32), image=torch.zeros(1, 3, 128, 128), weight=1e-8)
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("operator", [Blur("circular"), Blur("valid"), Downsample(2, "reflect")], ids=repr)
+def test_with_noise_in_light_a_step_is_the_operators_own(operator, g):
+    k, camera = motion_kernels(1, 5, seed=1), LinearLight(operator, noise_in="light")
+    x, start = torch.rand(2, 1, 3, *operator.sizes((12, 12), (5, 5))["image"], generator=g).unbind()
+    y = camera(x, k)
+    torch.testing.assert_close(y, LinearLight(operator)(x, k))
+    found = camera.solve(y=y, kernel=k, image=start, weight=0.1)
+    expected = operator.solve(to_light(y), kernel=k, image=to_light(start), weight=0.1)
+    torch.testing.assert_close(to_light(found), expected)
+    with pytest.raises(ValueError, match="noise_in: expected 'values' or 'light'"):
+        LinearLight(operator, noise_in="srgb")
 
 
 def test_samplers_restore_what_a_camera_has_blurred(astronaut):
