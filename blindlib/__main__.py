@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "--response",
         choices=RESPONSES,
         help="of the camera: was light blurred, of which a file's values are a code (srgb, default), or the values "
-        "themselves, as by most programs (linear)?",
+        "themselves, as by most programs (linear)? An operator's file says it",
     )
     p.add_argument("--max-size", type=int, help="longer side to work at, 0 for full (default: 1024)")
     p.add_argument("--crop", type=int, help="side of the part that the kernel is read from")
@@ -89,7 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         default="srgb",
         help="of the camera, as of deblur (default: %(default)s)",
     )
-    q.add_argument("--noise-std", type=float, help="of the degraded photographs, averaged to grey (default: estimated)")
+    q.add_argument(
+        "--noise-std",
+        type=float,
+        help="of the degraded photographs on the [-1, 1] scale, in light or values as of --response, averaged to grey "
+        "(default: estimated)",
+    )
     q.add_argument("--flow-steps", type=int, help="of flow matching (default: as blindlib.fit_flow)")
     q.add_argument("--steps", type=int, help="of the operator (default: as blindlib.learn_operator)")
     q.add_argument("--batch", type=int, help="patches a step (default: as there)")
@@ -160,7 +165,9 @@ def _options(a: argparse.Namespace) -> dict:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
         if search:
             raise ValueError(f"{', '.join(search)}: for the search of a kernel, the operator is known; leave it out")
-        chosen["kernel"] = load_operator(a.operator)
+        chosen["kernel"], learned_of = load_operator(a.operator)
+        if chosen.setdefault("response", learned_of) != learned_of:
+            raise ValueError(f"response: {a.operator} was learned with {learned_of}, got {a.response}; leave it out")
     max_size = 1024 if a.max_size is None else a.max_size
     return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **search, **chosen)
 
@@ -198,7 +205,7 @@ def _learn_operator(a: argparse.Namespace) -> str:
     common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
     found = learn_operator(clean, degraded, **common, **_given(a, "steps"))
     if first:
-        found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs")
+        found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs", a.response)
     if first and a.kernel_out is not None:
         _write_kernel(found.kernel, a.kernel_out)
     return f"{a.out}: done; python -m blindlib deblur PHOTO --operator {a.out} --out SHARP undoes it"
@@ -237,10 +244,10 @@ def read_folder(
 
 
 def _grid(text: str) -> tuple[int, int]:
-    rows, columns = (int(n) for n in text.split("x"))
-    if min(rows, columns) < 1:
-        raise ValueError(text)
-    return rows, columns
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS, such as 4x6, got {text!r}")
+    return int(rows), int(columns)
 
 
 def _write_kernel(kernel: Tensor, path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_positive, check_priors
+from blindlib.checks import check_counts, check_noise, check_positive, check_priors
 from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -171,6 +171,7 @@ def deblur(
     if response not in RESPONSES:
         raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
     check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
+    check_noise(noise_std, optional=True)
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
     if priors is not None:
@@ -193,6 +194,11 @@ def deblur(
         say(f"scaling down from {y.shape[-1]}x{y.shape[-2]} to {size[1]}x{size[0]} pixels (max_size={max_size})")
         y = resize(y, size)
     y = y.to(device)
+    if kernel is not None and any(k > side for k, side in zip(kernel.shape[-2:], y.shape[-2:], strict=True)):
+        raise ValueError(
+            f"kernel: of {kernel.shape[-1]}x{kernel.shape[-2]} pixels, is larger than the photograph of "
+            f"{y.shape[-1]}x{y.shape[-2]}"
+        )
     noise_std = estimate_noise(y) if noise_std is None else noise_std
 
     figures = dict(noise_std=noise_std, scale=scale, response=response)
@@ -559,7 +565,7 @@ def unexplained(
     Tensor, shape (n,)
         Root mean squares; for the right kernel between once and twice the noise's standard deviation.
     """
-    many, guidance = y.expand(len(kernels), -1, -1, -1), DiffPIR(noise_std=2 * noise_std)
+    many, guidance = y.expand(len(kernels), -1, -1, -1), DiffPIR(noise_std=min(2 * noise_std, 0.99))
     images = sample(many, partial(blur, kernel=kernels), {"image": prior}, steps=20, guidance=guidance).image
     return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt()
 
@@ -568,10 +574,10 @@ def estimate_noise(y: Tensor) -> float:
     """Standard deviation of white noise in ``y`` (B, C, H, W), from the median of its diagonal differences.
 
     Blur leaves next to nothing at the finest diagonal scale, so what is there is noise (Donoho & Johnstone,
-    Biometrika 1994). At least 0.004: half a grey level of a byte.
+    Biometrika 1994). At least 0.004: half a grey level of a byte, and what a single row of pixels is taken to have.
     """
     d = (y[..., 1:, 1:] + y[..., :-1, :-1] - y[..., 1:, :-1] - y[..., :-1, 1:]) / 2
-    return max(float(d.abs().median()) / 0.6745, 0.004)
+    return min(max(float(d.abs().median()) / 0.6745, 0.004), 0.99) if d.numel() else 0.004
 
 
 def read_image(photo: Photo) -> Tensor:
@@ -642,8 +648,8 @@ def write_image(image: Tensor, path: str | os.PathLike) -> None:
     ------
     ValueError
         If the suffix of ``path`` is of no known format.
-    FileNotFoundError
-        If its folder does not exist.
+    OSError
+        If its folder does not exist, or it is a folder itself.
     """
     kind = check_output(path)
     x = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -658,6 +664,8 @@ def check_output(path: str | os.PathLike) -> str:
         raise ValueError(f"path: no image format to write goes by the suffix {path.suffix!r}; take .png or .jpg")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {str(path.parent)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: {str(path)!r} is a folder; name a file")
     return formats[path.suffix.lower()]
 
 

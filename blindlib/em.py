@@ -564,7 +564,8 @@ def _check_boundary(boundary: str) -> None:
 def blur_of(boundary: str, response: str, noise_in: str = "values") -> Blur | LinearLight:
     """What EM inverts, with the E-step's ``noise_in`` light: images must be drawn by the distance that the M-step has.
 
-    By that of values, kernels grow wider from round to round and images sharper, even from the truth.
+    By that of values, kernels grow wider from round to round and images sharper, even from the truth. (DPS, which asks
+    for no ``solve``, follows the gradient of the distance in values all the same.)
     """
     _check_boundary(boundary)
     if response not in RESPONSES:

@@ -45,6 +45,8 @@ FLOW_STRIDE = 2 ** (len(FLOW["multipliers"]) - 1)
 """The side of a patch is a multiple of it."""
 
 SECONDS_BETWEEN_SAVES = 60
+# How often moments look at a kernel while networks learn it, and how many times in a row they may find it astray.
+CHECKS, PATIENCE = 5, 2
 
 
 def between(y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -196,10 +198,10 @@ class Learned:
     history : dict of Tensor
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
         falls to a floor as the two sets become alike); ``kernel`` (n, ...); ``mnc``, where the truth was given.
-    deviation : Tensor, shape (2, 3)
-        :class:`Moments` (of a field the mean over its cells) at the start and at the last step. If the last step's
-        largest is above the start's and above 1.2, networks led away from what the images show, and ``kernel`` is the
-        start.
+    deviation : Tensor, shape (n, 3)
+        :class:`Moments` (of a field the mean over its cells) at the start and at each fifth of the run. Where a row's
+        largest is above the start's and above 1.2, networks lead away from what the images show. After two such rows
+        in a row the run ends, and if the last is one, ``kernel`` is the start.
     seconds : float
         Of the operator steps, those of earlier sessions included.
     """
@@ -212,16 +214,25 @@ class Learned:
     deviation: Tensor
     seconds: float
 
-    def save(self, path: str | Path, note: str = "") -> None:
+    @property
+    def psfs(self) -> Tensor:
+        """The kernel, by the name that it has where it varies over the field."""
+        return self.kernel
+
+    def save(self, path: str | Path, note: str = "", response: str = "linear") -> None:
         """Write the operator as safetensors, whole or not at all; :func:`load_operator` reads it, if it is a blur.
 
-        It does not read a :class:`~blindlib.operators.Downsample`, which ``deblur`` could not undo.
+        It does not read a :class:`~blindlib.operators.Downsample`, which ``deblur`` could not undo. ``response``
+        says of what the images were that it was learned from: values, or (``"srgb"``) the light that they stand for.
         """
-        write_checkpoint(path, dict(operator=repr(self.operator), note=note), {"kernel": self.kernel})
+        about = dict(operator=repr(self.operator), note=note, response=response)
+        write_checkpoint(path, about, {"kernel": self.kernel})
 
 
-def load_operator(path: str | Path) -> Tensor:
+def load_operator(path: str | Path) -> tuple[Tensor, str]:
     """The kernel (1, 1, K, K) or PSFs (1, rows, columns, 1, K, K) of a file that :meth:`Learned.save` wrote.
+
+    With the response, ``"linear"`` or ``"srgb"``: whether it blurs values or light.
 
     Raises
     ------
@@ -233,12 +244,14 @@ def load_operator(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"operator: no file {str(path)!r}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"operator: expected a .safetensors file, as learn-operator writes, got {str(path)!r}")
     about, state = read_checkpoint(path)
     kernel = state.get("kernel")
     ranks = {repr(Blur("valid")): 4, repr(SpaceVaryingBlur("valid")): 6}
     if about is None or kernel is None or kernel.ndim != ranks.get(about.get("operator")):
         raise ValueError(f"operator: {str(path)!r} holds no blur; make one with learn-operator")
-    return kernel
+    return kernel, about.get("response", "linear")
 
 
 def fit_flow(
@@ -360,6 +373,9 @@ def learn_operator(
     of training no net is at its end; without this, what the auxiliary one goes on to learn would pass for a difference
     of the images.
 
+    Five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no truth.
+    Twice in a row worse than at the start, and beyond chance, and the run ends, for its start.
+
     Parameters
     ----------
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
@@ -471,6 +487,11 @@ def learn_operator(
     about |= dict(learning_rate=learning_rate, patch=patch, operator=repr(operator), start=_fingerprint(start))
     about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
     run = _Run(folder, "operator", about, parts, team)
+    deviation = team.agreed(moments(start.cpu()).cpu())
+    checks = run.kept.setdefault("deviation", [])
+
+    def astray(now: Tensor) -> bool:
+        return bool(now.max() > max(1.2, float(deviation.max())))
 
     for step in run.steps(steps, "learning the operator", progress):
         _set_rate(optimizer, learning_rate, step, steps)
@@ -506,14 +527,18 @@ def learn_operator(
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
         run.note(gap=difference.square().mean())
-        if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
+        check, record = (any(((step + 1) % max(1, steps // n) == 0, step + 1 == steps)) for n in (CHECKS, 40))
+        if check or record:
             now = simplex(model().detach()).cpu()
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)
-    end, start = simplex(model().detach()).cpu(), start.cpu()
-    deviation = team.agreed(torch.stack([moments(k).cpu() for k in (start, end)]))
-    worse = deviation[1].max() > max(1.2, float(deviation[0].max()))
-    return Learned(start if worse else end, operator, noise_std, flow, run.stacked(), deviation, run.seconds)
+        if check:
+            checks.append(team.agreed(moments(now).cpu()))
+            run.ended = len(checks) >= PATIENCE and all(astray(one) for one in checks[-PATIENCE:])
+    found = start.cpu() if astray(checks[-1]) else simplex(model().detach()).cpu()
+    history = run.stacked()
+    deviation = torch.stack([deviation, *history.pop("deviation")])
+    return Learned(found, operator, noise_std, flow, history, deviation, run.seconds)
 
 
 def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel_size: int) -> Tensor:
@@ -946,7 +971,7 @@ class _Run:
 
     def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, team: Team) -> None:
         self.name, self.about, self.parts, self.team = name, about, parts, team
-        self.done, self.seconds = 0, 0.0
+        self.done, self.seconds, self.ended = 0, 0.0, False
         self.kept: dict[str, list] = {}
         self.sums: dict[str, list] = {}
         self.path = None if folder is None else Path(folder) / f"{name}.pt"
@@ -966,23 +991,28 @@ class _Run:
             for key, part in parts.items():
                 part.load_state_dict(state[key])
             self.done, self.seconds, self.kept, self.sums = (state[k] for k in ("step", "seconds", "kept", "sums"))
+            self.ended = state.get("ended", False)  # earlier versions' runs did not end early
 
     def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
-        """The steps that are left to do; between two of them the state is saved now and then, and after the last."""
+        """The steps that are left to do, until :attr:`ended`; their state is saved now and then, and after the last."""
         if steps < self.done:
             raise ValueError(f"steps: {self.path} has {self.done} steps already, got {steps}; ask for as many or more")
         saved = time.monotonic()
         shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
-        self.bar = bar(range(self.done, steps), title, shown, initial=self.done, total=steps)
+        left = range(steps if self.ended else self.done, steps)
+        self.bar = bar(left, title, shown, initial=self.done, total=steps)
         for step in self.bar:
             began, self.step = time.monotonic(), step
             yield step
             self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
-            if saves and (step + 1 == steps or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
+            last = self.ended or step + 1 == steps
+            if saves and (last or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
                 state = {key: part.state_dict() for key, part in self.parts.items()}
                 state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
-                save_whole(state, self.path)
+                save_whole(state | dict(ended=self.ended), self.path)
                 saved = time.monotonic()
+            if last:
+                return
 
     def note(self, **values: Tensor) -> None:
         """Count ``values`` into the means that the next :meth:`keep` takes; a NaN ends the run before it is saved."""

@@ -242,7 +242,8 @@ class LinearLight:
     A sensor adds up light, but a file's values are no amounts of light: half the value is a fifth of the light. So
     ``y = srgb(A(light(x)))``, which is not linear in ``x``: under blur a bright spot outshines its dark surroundings,
     more than its value tells. Where contrasts are small it makes no difference. What a camera does beyond sRGB's curve
-    is not known here, nor what it has cut off at white.
+    is not known here, nor what it has cut off at white. Under the boundary ``"zero"`` there is half the light of white
+    around the picture.
 
     Parameters
     ----------
@@ -254,8 +255,8 @@ class LinearLight:
 
     Raises
     ------
-    ValueError
-        If ``noise_in`` is something else.
+    TypeError, ValueError
+        If ``operator`` or ``noise_in`` is something else.
 
     Examples
     --------
@@ -265,6 +266,8 @@ class LinearLight:
     """
 
     def __init__(self, operator: Blur | SpaceVaryingBlur | Downsample, noise_in: str = "values") -> None:
+        if not isinstance(operator, Blur | SpaceVaryingBlur | Downsample):
+            raise TypeError(f"operator: expected a Blur, SpaceVaryingBlur or Downsample, got {operator!r}")
         if noise_in not in ("values", "light"):
             raise ValueError(f"noise_in: expected 'values' or 'light', got {noise_in!r}")
         self.noise_in = noise_in
@@ -276,6 +279,7 @@ class LinearLight:
 
     def __call__(self, image: Tensor, *args: object, **known: object) -> Tensor:
         """Arguments, result's shape and errors are those of the operator. Differentiable in all."""
+        _check_floats(image=image)
         return to_srgb(self.operator(to_light(image), *args, **known))
 
     def sizes(self, *args: object, **sizes: object) -> dict[str, tuple[int, int]]:
@@ -283,17 +287,20 @@ class LinearLight:
         return self.operator.sizes(*args, **sizes)
 
     def solve(
-        self, y: Tensor, image: Tensor, weight: Tensor | float, *, iterations: int = 12, **known: object
+        self, y: Tensor, *, image: Tensor, weight: Tensor | float, iterations: int = 12, **known: object
     ) -> Tensor:
-        """A step of Gauss and Newton to ``argmin_x |y - A(x)|^2 + weight |x - image|^2``, linearised at ``image``.
+        """A step of Gauss and Newton to ``argmin_x |y - A(x)|^2 + weight |x - image|^2``.
 
-        Parameters as of :meth:`Blur.solve`, ``known`` being the operator's own. By conjugate gradients: noise that is
-        alike at all values is not alike in light, so that no FFT inverts it, whatever the boundary. With
-        ``noise_in="light"`` both distances are those of light, and it is the operator's own solve.
+        The scene's curve is linearised at ``image``, that of the light that arrives at ``y``, so that light which is
+        missing counts by the values it makes there. Parameters, by name, as of :meth:`Blur.solve`, ``known`` being the
+        operator's own. By conjugate gradients: noise that is alike at all values is not alike in light, so that no FFT
+        inverts it, whatever the boundary. With ``noise_in="light"`` both distances are those of light, and it is the
+        operator's own solve, without what that has below black.
         """
         light = to_light(image)
         if self.noise_in == "light":
-            return to_srgb(self.operator.solve(to_light(y), image=light, weight=weight, iterations=iterations, **known))
+            solved = self.operator.solve(to_light(y), image=light, weight=weight, iterations=iterations, **known)
+            return to_srgb(solved.clamp(min=-1))  # a linear solve rings below black, where a little is many values
         of_image, of_y = _light_per_value(image), _light_per_value(y)
 
         def blurred(x: Tensor) -> Tensor:

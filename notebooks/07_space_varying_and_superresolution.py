@@ -257,7 +257,7 @@ learned = learn_operator(
 found = learned.kernel.to(device)
 mnc_networks = learned.history["mnc"][-1].item()
 print(f"MNC: moments {scores['with neighbours'].mean():.3f}, then networks {mnc_networks:.3f}")
-print(f"largest mismatch: {learned.deviation[0].max():.2f} at the start, {learned.deviation[1].max():.2f} at the end")
+print(f"largest mismatch: {learned.deviation[0].max():.2f} at the start, {learned.deviation[-1].max():.2f} at the end")
 
 # %% [markdown]
 # A mismatch above 1 says, without the truth, that the PSFs are not quite right yet, and the networks have not changed
@@ -485,7 +485,7 @@ _ = display.record(
     **{f"mnc_{n.replace(' ', '_')}": s.mean().item() for n, s in scores.items() if n != "truth"},
     mnc_networks=mnc_networks,
     mismatch_start=learned.deviation[0].max().item(),
-    mismatch_end=learned.deviation[1].max().item(),
+    mismatch_end=learned.deviation[-1].max().item(),
     seconds_fit=seconds_fit,
     # One kernel for all is retrieved, and of few pictures ("ci") by luck.
     **{f"psnr_{n.replace(', ', '_').replace(' ', '_')}": db for n, db in table.items() if n != "one for all"},

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, choices=[64, 128], default=64)
     parser.add_argument("--noise", type=float, nargs="+", default=[10.0], help="in 255ths of [0, 1]: 5 10 20")
-    parser.add_argument("--images", type=int, default=4, help="of each kind, at most 8")
+    parser.add_argument("--images", type=int, choices=range(1, 9), metavar="N", default=4, help="of each kind, 1 to 8")
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--response", choices=RESPONSES, default="linear", help="what is blurred: values, or light")
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")

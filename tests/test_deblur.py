@@ -21,6 +21,7 @@ from blindlib import (
     dead_leaves,
     deblur,
     deblur_folder,
+    fast_em,
     gaussian_kernels,
     load_prior,
     mnc,
@@ -44,6 +45,8 @@ from blindlib.deblur import (
     unexplained,
     write_image,
 )
+from blindlib.em import RESPONSES, blur_of
+from blindlib.operators import to_light
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +130,24 @@ def test_a_photo_too_small(tmp_path):
         deblur(np.zeros((20, 20, 3)), progress=False)
 
 
-def test_bad_boundary():
-    with pytest.raises(ValueError, match="boundary"):
-        deblur(np.zeros((64, 64, 3)), boundary="periodic")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(boundary="periodic"), "boundary"),
+        (dict(noise_std=3.0), r"noise_std: expected a number in \[0, 1\)"),
+        (dict(kernel=torch.full((1, 1, 65, 65), 65**-2)), "kernel: of 65x65 pixels, is larger than the photograph"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_done(options, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        deblur(np.zeros((64, 64, 3)), **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    (tmp_path / "sharp.png").mkdir()
+    with pytest.raises(IsADirectoryError, match="sharp.png' is a folder"):
+        write_image(torch.zeros(1, 3, 8, 8), tmp_path / "sharp.png")
 
 
 # --------------------------------------------------------------------------------------------------- the work
@@ -268,6 +286,37 @@ def test_of_a_photograph_the_light_was_blurred(tmp_path, astronaut):
     torch.testing.assert_close(deblur(y, **common).image, out["linear"].image)
     with pytest.raises(ValueError, match="response: expected one of"):
         deblur(y, response="raw")
+
+
+def test_of_a_field_of_psfs_light_is_restored_too(tmp_path, astronaut):
+    scene, k = astronaut(95)
+    psfs = k[:, None, None].expand(1, 1, 2, 1, 32, 32)
+    write_image(LinearLight(SpaceVaryingBlur("valid"))(scene, psfs), tmp_path / "photo.png")
+    out = {told: deblur(tmp_path / "photo.png", kernel=psfs, response=told, progress=False) for told in RESPONSES}
+    truth = scene[..., 15:79, 15:79]
+    assert psnr(out["srgb"].image, truth) > psnr(out["linear"].image, truth) + 4
+
+
+def test_guesses_are_of_what_was_blurred(monkeypatch):
+    """The classical guess sees light where light was blurred, in `find_kernels` and where EM is on its own."""
+    shown, y = [], 2 * dead_leaves(1, 64, seed=3).clamp(-0.4, 0.4)
+
+    class Enough(Exception):
+        pass
+
+    def guess(image, *args, **options):
+        shown.append(image)
+        raise Enough
+
+    for module in ("deblur", "em"):
+        monkeypatch.setattr(sys.modules[f"blindlib.{module}"], "l0_pyramid", guess)
+    priors = {name: load_prior(name) for name in ("image", "kernel")}
+    for response, expected in (("srgb", to_light(y)), ("linear", y)):
+        with pytest.raises(Enough):
+            find_kernels(y, priors, blur_of("circular", response), 0.02)
+        with pytest.raises(Enough):
+            fast_em(y, priors["image"], kernel_size=32, noise_std=0.02, response=response)
+        assert all(torch.equal(image, expected) for image in shown[-2:])
 
 
 @pytest.mark.parametrize("boundary", ["circular", "zero", "reflect"])

@@ -254,6 +254,18 @@ def test_proximal_map(operator, g):
     assert gradient.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("operator", [*VARYING, *[Downsample(2, b) for b in BOUNDARIES], Downsample(3)], ids=repr)
+def test_adjoints_of_the_others(operator, g):
+    """<A x, y> = <x, A^T y>."""
+    varying = isinstance(operator, SpaceVaryingBlur)
+    kernel = grid_of_psfs(1, 2, 3, 1, 4, 3, g=g) if varying else grid_of_psfs(1, 1, 4, 3, g=g)
+    y = torch.randn(2, 3, 8, 10, generator=g).double()
+    x = torch.randn(2, 3, *operator.sizes((8, 10), (4, 3))["image"], generator=g).double()
+    back = operator.adjoint(y, kernel)
+    assert back.shape == x.shape
+    torch.testing.assert_close((operator(x, kernel) * y).sum(), (x * back).sum())
+
+
 def test_downsampling_takes_every_other_pixel(g):
     image, kernel = torch.randn(1, 3, 12, 10, generator=g), torch.rand(1, 1, 5, 5, generator=g)
     assert torch.equal(Downsample(2, "zero")(image, kernel), Blur("zero")(image, kernel)[..., ::2, ::2])
@@ -264,6 +276,10 @@ def test_bad_choices():
         SpaceVaryingBlur(weights_at="lens")
     with pytest.raises(ValueError, match="factor: expected a positive integer"):
         Downsample(0)
+    with pytest.raises(TypeError, match="operator: expected a Blur, SpaceVaryingBlur or Downsample, got LinearLight"):
+        LinearLight(LinearLight(Blur()))
+    with pytest.raises(TypeError, match="image: expected a floating-point tensor"):
+        LinearLight(Blur())(torch.zeros(1, 3, 9, 9, dtype=torch.int64), torch.ones(1, 1, 1, 1))
     with pytest.raises(ValueError, match="psfs: expected shape"):
         SpaceVaryingBlur()(torch.zeros(1, 3, 9, 9), torch.zeros(1, 1, 3, 3))
 
@@ -419,6 +435,9 @@ def test_with_noise_in_light_a_step_is_the_operators_own(operator, g):
     found = camera.solve(y=y, kernel=k, image=start, weight=0.1)
     expected = operator.solve(to_light(y), kernel=k, image=to_light(start), weight=0.1)
     torch.testing.assert_close(to_light(found), expected)
+    y[..., 3:6, 3:6] = -1  # it would have to be darker than black around, and a little less light is many values
+    ringing = camera.solve(y=y, kernel=k, image=start, weight=1e-3)
+    assert operator.solve(to_light(y), kernel=k, image=to_light(start), weight=1e-3).min() < -1 == ringing.min()
     with pytest.raises(ValueError, match="noise_in: expected 'values' or 'light'"):
         LinearLight(operator, noise_in="srgb")
 
