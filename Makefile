@@ -58,8 +58,8 @@ train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel,
 bench: .venv/ready  ## cost of a sampler step against the bare networks
 	$(BIN)/python tests/bench.py
 
-benchmark: .venv/ready  ## every way to an unknown kernel on the same measurements, into figures/benchmark.json; resumable
-	$(BIN)/python tests/benchmark.py
+benchmark: .venv/ready  ## every way to a kernel on the same images, into figures/benchmark.json: days on a CPU; resumable
+	$(BIN)/python tests/benchmark.py --size 64 128 --noise 5 10 20 --images 8
 
 gpu: .venv/ready  ## execute the notebooks at "gpu", into runs/gpu
 	mkdir -p runs/gpu/notebooks runs/gpu/figures

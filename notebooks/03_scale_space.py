@@ -451,7 +451,7 @@ blur = Blur("circular")
 noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed)).to(device)
 y = blur(truth, kernels) + noise_std * noise
 if preset != "ci":
-    print("about two minutes on two CPU cores, half an hour on a GPU at full size")
+    print("about two minutes on two CPU cores")
 leads = {"with lead": {"kernel": 2.0}, "without": {}}
 runs = {
     name: sample(

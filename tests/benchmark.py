@@ -185,7 +185,7 @@ class Cell:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", type=int, choices=[64, 128], default=64)
+    parser.add_argument("--size", type=int, nargs="+", choices=[64, 128], default=[64])
     parser.add_argument("--noise", type=float, nargs="+", default=[10.0], help="in 255ths of [0, 1]: 5 10 20")
     parser.add_argument("--images", type=int, choices=range(1, 9), metavar="N", default=4, help="of each kind, 1 to 8")
     parser.add_argument("--seed", type=int, default=3000)
@@ -217,7 +217,7 @@ def read(path: Path) -> dict:
 def run(a: argparse.Namespace, table: dict) -> None:
     """Everything that is missing."""
     a.out.parent.mkdir(exist_ok=True)
-    missing = [cell for noise in a.noise for cell in grid(a, noise) if not cell.among(table)]
+    missing = [cell for size in a.size for noise in a.noise for cell in grid(a, size, noise) if not cell.among(table)]
     for cell in missing:  # rows of the table in the order of the methods, whichever ends first
         table["results"].setdefault(cell.setting, {}).setdefault(cell.method, {})
     for cell, entry in imap_unordered(partial(measure, out=a.out), missing, jobs=a.jobs, cluster=a.cluster):
@@ -229,17 +229,17 @@ def run(a: argparse.Namespace, table: dict) -> None:
         print(f"{cell.setting} {cell.method}, {cell.item}: {entry}", flush=True)
 
 
-def setting_of(a: argparse.Namespace, noise: str) -> str:
-    return f"{a.size}x{a.size}, {noise}, seed {a.seed}" + (", light" if a.response == "srgb" else "")
+def setting_of(a: argparse.Namespace, size: int, noise: str) -> str:
+    return f"{size}x{size}, {noise}, seed {a.seed}" + (", light" if a.response == "srgb" else "")
 
 
-def grid(a: argparse.Namespace, noise: float) -> list[Cell]:
-    """All cells of one noise level."""
+def grid(a: argparse.Namespace, size: int, noise: float) -> list[Cell]:
+    """All cells of one size and noise level."""
     noise_std, n = 2 * noise / 255, a.images
-    x, k, y = measured(a.size, noise_std, a.seed, a.response)
+    x, k, y = measured(size, noise_std, a.seed, a.response)
     names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu"), a.response))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    setting = setting_of(a, f"noise {noise:g}/255")
+    setting = setting_of(a, size, f"noise {noise:g}/255")
     items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
     # Copies: with a part of a tensor, the whole of it would go to a worker.
     of_item = {item: [v[i : i + 1].clone() for v in (x, k, y)] for item, i in items.items()}

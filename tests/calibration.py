@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "PiGDM, 50 steps": (PiGDM(a.noise_std), 50),
         "DPS, 100 steps": (DPS().respaced(100, a.size), 100),
     }
-    of_setting = table["results"].setdefault(setting_of(a, f"noise_std {a.noise_std:g}"), {})
+    of_setting = table["results"].setdefault(setting_of(a, a.size, f"noise_std {a.noise_std:g}"), {})
     for name in [*MAPS, *samplers]:
         if a.only is not None and not any(part in name for part in a.only):
             continue

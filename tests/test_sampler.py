@@ -136,6 +136,19 @@ def test_how_sure_samples_of_a_gaussian_are(guidance, least, most, g):
     assert (outside < 0.115) if most < 1.2 else (outside > 0.13)
 
 
+def test_samples_of_a_gaussian_have_the_posteriors_covariance(g):
+    """1 / (1 / S + |h|^2 / sigma^2) at each frequency: Fourier space makes all of them diagonal."""
+    prior, k, std = GaussianPrior(0.0, spectrum=spectrum(16)), motion_kernels(1, 7, seed=2), 0.05
+    y = Blur()(torch.randn(1, 1, 16, 16, generator=g), k)
+    options = dict(steps=300, samples=200, guidance=PiGDM(std))
+    drawn = sample(y, partial(Blur(), kernel=k), {"image": prior}, **options).posterior("image")[0, :, 0]
+    waves = torch.fft.rfft2(drawn, norm="ortho")
+    found = (waves - waves.mean(0)).abs().square().sum(0) / (len(drawn) - 1)
+    exact = 1 / (1 / prior.spectrum[0] + otf(k, (16, 16))[0, 0].abs() ** 2 / std**2)
+    ratio = found / exact
+    assert exact.max() > 10 * exact.min() and ratio.mean().item() == pytest.approx(1, abs=0.1) and ratio.std() < 0.25
+
+
 def test_dpir_on_a_gaussian_ends_where_the_algebra_says(g):
     """x = (h* y + alpha z) / (|h|^2 + alpha) and z = S / (S + sigma^2) x hold each other at one noise level."""
     prior, std, strength = GaussianPrior(0.0, spectrum=spectrum(16)), 0.05, 0.7
