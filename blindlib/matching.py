@@ -45,8 +45,9 @@ FLOW_STRIDE = 2 ** (len(FLOW["multipliers"]) - 1)
 """The side of a patch is a multiple of it."""
 
 SECONDS_BETWEEN_SAVES = 60
-# How often moments look at a kernel while networks learn it, and how many times in a row they may find it astray.
-CHECKS, PATIENCE = 5, 2
+# How often in a run moments look at the kernel that networks learn, steps that lie between at least, and how many times
+# in a row they may find it astray.
+CHECKS, APART, PATIENCE = 5, 10, 2
 
 
 def between(y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -199,9 +200,9 @@ class Learned:
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
         falls to a floor as the two sets become alike); ``kernel`` (n, ...); ``mnc``, where the truth was given.
     deviation : Tensor, shape (n, 3)
-        :class:`Moments` (of a field the mean over its cells) at the start and at each fifth of the run. Where a row's
-        largest is above the start's and above 1.2, networks lead away from what the images show. After two such rows
-        in a row the run ends, and if the last is one, ``kernel`` is the start.
+        :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
+        least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
+        the images show. After two such rows in a row the run ends, and if the last is one, ``kernel`` is the start.
     seconds : float
         Of the operator steps, those of earlier sessions included.
     """
@@ -373,8 +374,8 @@ def learn_operator(
     of training no net is at its end; without this, what the auxiliary one goes on to learn would pass for a difference
     of the images.
 
-    Five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no truth.
-    Twice in a row worse than at the start, and beyond chance, and the run ends, for its start.
+    Up to five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no
+    truth. Twice in a row worse than at the start, and beyond chance, and the run ends, for its start.
 
     Parameters
     ----------
@@ -527,8 +528,9 @@ def learn_operator(
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
         run.note(gap=difference.square().mean())
-        check, record = (any(((step + 1) % max(1, steps // n) == 0, step + 1 == steps)) for n in (CHECKS, 40))
-        if check or record:
+        last = step + 1 == steps
+        check = last or (step + 1) % max(APART, steps // CHECKS) == 0
+        if check or (step + 1) % max(1, steps // 40) == 0:
             now = simplex(model().detach()).cpu()
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)

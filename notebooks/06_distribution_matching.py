@@ -330,7 +330,7 @@ print(f"largest difference of any pixel, relative to the peak: {agreement:.1e}")
 # %% [markdown]
 # ## The experiment
 #
-# The same with more steps, from the moments' kernel. The true kernel is given for the curve only. Five times
+# The same with more steps, from the moments' kernel. The true kernel is given for the curve only. On the way
 # `learn_operator` asks the moments, which need no truth: if the networks lead away from what the pictures show twice in
 # a row, it stops, and the start is what it returns.
 

@@ -335,7 +335,7 @@ def test_learning_a_grid_of_psfs(field_sets, tmp_path):
         dict(noise_std=0.01, kernel_size=7, grid=(2, 2), steps=2, flow=flow, **quick),
     )
     found = learn_operator(clean, degraded, blur, start=ROLLED, truth=ROLLED, **common)
-    assert found.kernel.shape == ROLLED.shape and found.history["mnc"][-1] > 0.95 and found.deviation.shape == (3, 3)
+    assert found.kernel.shape == ROLLED.shape and found.history["mnc"][-1] > 0.95 and found.deviation.shape == (2, 3)
     found.save(tmp_path / "field.safetensors")
     assert torch.equal(load_operator(tmp_path / "field.safetensors")[0], found.psfs)
     with pytest.raises(ValueError, match="start: expected shape \\(1, 2, 2, 1, 7, 7\\)"):
@@ -468,7 +468,7 @@ def test_networks_that_lead_astray_are_not_followed(sets, tmp_path):
     flow = fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
     for _ in range(2):
         found = tiny(clean, degraded, flow=flow, start=k, steps=30, learning_rate=0.05, flow_rate=0.05, folder=tmp_path)
-        assert found.deviation.shape == (3, 3) and found.history["step"][-1] == 12, "two of five looks"
+        assert found.deviation.shape == (3, 3) and found.history["step"][-1] == 20, "two of three looks"
         assert found.deviation[1:].amax(1).min() > 2 > found.deviation[0].max()
         assert torch.equal(found.kernel, k) and not torch.equal(found.history["kernel"][-1], k[0])
 
