@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from blindlib.checks import check_counts, check_noise
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
 from blindlib.em import RESPONSES
 from blindlib.jobs import Team
-from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
+from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator, mirrored
 from blindlib.operators import SpaceVaryingBlur, to_light
 
 
@@ -84,6 +85,16 @@ def main(argv: list[str] | None = None) -> int:
         help="of PSFs, for a blur that changes over the field; degraded photographs are then of one size, used whole",
     )
     q.add_argument(
+        "--colour",
+        action="store_true",
+        help="with --grid: PSFs of their own for red, green and blue, which a lens blurs differently",
+    )
+    q.add_argument(
+        "--mirrored",
+        action="store_true",
+        help="with --grid: PSFs mirror one another about the middle of the field, as a centred lens's do",
+    )
+    q.add_argument(
         "--response",
         choices=RESPONSES,
         default="srgb",
@@ -92,8 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument(
         "--noise-std",
         type=float,
-        help="of the degraded photographs on the [-1, 1] scale, in light or values as of --response, averaged to grey "
-        "(default: estimated)",
+        help="of the degraded photographs on the [-1, 1] scale, in light or values as of --response, averaged to grey, "
+        "or with --colour of each (default: estimated)",
     )
     q.add_argument("--flow-steps", type=int, help="of flow matching (default: as blindlib.fit_flow)")
     q.add_argument("--steps", type=int, help="of the operator (default: as blindlib.learn_operator)")
@@ -179,11 +190,16 @@ def _learn_operator(a: argparse.Namespace) -> str:
         check_output(a.kernel_out)
     check_counts(**_given(a, "kernel_size", "flow_steps", "steps", "batch", "crop"))
     check_noise(a.noise_std, optional=True)
+    for name in ("colour", "mirrored"):
+        if getattr(a, name) and a.grid is None:
+            raise ValueError(f"{name}: is of PSFs over the field; add --grid, 1x1 for ones that are alike everywhere")
+    if a.mirrored and a.kernel_size % 2 == 0:
+        raise ValueError(f"kernel-size: expected an odd number with --mirrored, got {a.kernel_size}")
     first = Team(a.device).rank == 0
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
-    read = dict(response=a.response, seed=a.seed, say=say)
+    read = dict(response=a.response, grey=not a.colour, seed=a.seed, say=say)
     clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, **read)
     crop = a.crop if a.grid is None else sys.maxsize
     degraded = read_folder(a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, **read)
@@ -192,18 +208,25 @@ def _learn_operator(a: argparse.Namespace) -> str:
         if count < len(degraded):
             say(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
         degraded = [y for y in degraded if y.shape == size]
-    noise_std = a.noise_std
-    if noise_std is None:
-        noise_std = float(torch.tensor([estimate_noise(y[None]) for y in degraded]).median())
-    say(f"{len(clean)} clean and {len(degraded)} degraded photographs, noise {noise_std:.3f}")
-    folder = a.folder or a.out.with_suffix(".run")
-    common = dict(patch=patch, seed=a.seed, folder=folder, device=a.device, progress=not a.quiet)
-    common |= _given(a, "batch")
-    flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
-    flow = fit_flow(degraded, positions=a.grid is not None, **common, **flow_steps)
-    varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
-    common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
-    found = learn_operator(clean, degraded, **common, **_given(a, "steps"))
+    say(f"{len(clean)} clean and {len(degraded)} degraded photographs")
+    colours = ("red", "green", "blue") if a.colour else ("grey",)
+    learned = []
+    for c, colour in enumerate(colours):
+        xs, ys = ([x[c : c + 1] for x in images] for images in (clean, degraded))
+        noise_std = a.noise_std
+        if noise_std is None:
+            noise_std = float(torch.tensor([estimate_noise(y[None]) for y in ys]).median())
+        say(f"{colour}: noise {noise_std:.3f}")
+        folder = a.folder or a.out.with_suffix(".run")
+        common = dict(patch=patch, seed=a.seed, device=a.device, progress=not a.quiet) | _given(a, "batch")
+        common |= dict(folder=folder / colour if a.colour else folder)
+        flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
+        flow = fit_flow(ys, positions=a.grid is not None, **common, **flow_steps)
+        varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
+        common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
+        learned.append(learn_operator(xs, ys, **common, **_given(a, "steps")))
+    kernel = torch.cat([one.kernel for one in learned], dim=-3)
+    found = replace(learned[0], kernel=mirrored(kernel) if a.mirrored else kernel)
     if first:
         found.save(a.out, f"from {len(clean)} clean and {len(degraded)} degraded photographs", a.response)
     if first and a.kernel_out is not None:
@@ -212,13 +235,21 @@ def _learn_operator(a: argparse.Namespace) -> str:
 
 
 def read_folder(
-    folder: Path, name: str, *, least: int, crop: int, response: str, seed: int, say: Callable[[str], None]
+    folder: Path,
+    name: str,
+    *,
+    least: int,
+    crop: int,
+    response: str,
+    grey: bool = True,
+    seed: int,
+    say: Callable[[str], None],
 ) -> list[Tensor]:
-    """The photographs of a folder as grey images (1, H, W) in [-1, 1]; what is no picture or too small is skipped.
+    """The photographs of a folder as images (1 or 3, H, W) in [-1, 1]; what is no picture or too small is skipped.
 
-    Of an sRGB response they are the light, which is what was blurred. Grey is the mean of the colours: blur commutes
-    with it, and noise gets less. Of a photograph larger than ``crop`` a random part is taken, never a smaller copy, for
-    which the blur would be another one.
+    Of an sRGB response they are the light, which is what was blurred. Grey is the mean of the colours: a blur that is
+    the same for all three commutes with it, and noise gets less. Of a photograph larger than ``crop`` a random part is
+    taken, never a smaller copy, for which the blur would be another one.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
@@ -229,7 +260,8 @@ def read_folder(
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
             x = read_image(path)
-            x = (to_light(x) if response == "srgb" else x)[0].mean(0, keepdim=True)
+            x = (to_light(x) if response == "srgb" else x)[0]
+            x = x.mean(0, keepdim=True) if grey else x
         except (ValueError, OSError) as error:
             say(f"skipped: {error}")
             continue

@@ -190,7 +190,8 @@ class Learned:
     Attributes
     ----------
     kernel : Tensor, shape (1, 1, K, K), or (1, rows, columns, 1, K, K) for a SpaceVaryingBlur
-        On the CPU, non-negative, of sum one, its centre of mass near pixel ``K // 2``.
+        On the CPU, non-negative, of sum one, its centre of mass near pixel ``K // 2``. (For PSFs of their own for red,
+        green and blue, learn three and put them together, as ``learn-operator --colour`` does.)
     operator : Blur, Downsample or SpaceVaryingBlur
     noise_std : float
         As given, or as fitted.
@@ -231,7 +232,7 @@ class Learned:
 
 
 def load_operator(path: str | Path) -> tuple[Tensor, str]:
-    """The kernel (1, 1, K, K) or PSFs (1, rows, columns, 1, K, K) of a file that :meth:`Learned.save` wrote.
+    """The kernel (1, 1, K, K) or PSFs (1, rows, columns, 1 or 3, K, K) of a file that :meth:`Learned.save` wrote.
 
     With the response, ``"linear"`` or ``"srgb"``: whether it blurs values or light.
 

@@ -659,7 +659,8 @@ def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     assert main(arguments(folders, "--kernel-out", folders / "kernel.png")) == 0
     said = capsys.readouterr().out
     assert said.count("skipped: ") == 4 and "small.png' has 46x12 pixels, 38x38 are needed" in said
-    assert "notes.txt' cannot be read as an image" in said and "3 clean and 3 degraded photographs, noise 0.0" in said
+    assert "notes.txt' cannot be read as an image" in said
+    assert "3 clean and 3 degraded photographs\ngrey: noise 0.0" in said
     kernel, response = load_operator(folders / "operator.safetensors")
     assert response == "srgb" and kernel.shape == (1, 1, 7, 7) and kernel.sum() == pytest.approx(1, abs=1e-5)
     assert (folders / "kernel.png").is_file()
@@ -708,6 +709,24 @@ def test_a_grid_from_two_folders(folders, capsys):
     assert "skipped: 1 photographs that are not 40x40 pixels" in said and "4 clean and 3 degraded" not in said
     psfs, _ = load_operator(folders / "operator.safetensors")
     assert psfs.shape == (1, 1, 2, 1, 7, 7) and read_image(folders / "psfs.png").shape == (1, 3, 7, 14)
+    photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
+    assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
+    expected = deblur(photo, kernel=psfs, progress=False).image
+    torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
+
+
+def test_each_colour_of_a_lens_by_itself(folders, monkeypatch):
+    """What the command writes is what learn_operator finds of each colour, mirrored; and deblur undoes it."""
+    write_image(read_image(folders / "degraded" / "a.png").flip(-1), folders / "degraded" / "e.png")
+    runs, real = [], command.learn_operator
+    monkeypatch.setattr(command, "learn_operator", lambda *a, **k: (runs.append((a, real(*a, **k))), runs[-1][1])[1])
+    assert main(arguments(folders, "--grid", "1x2", "--colour", "--mirrored", "--kernel-out", folders / "k.png")) == 0
+    light = to_light(read_image(folders / "degraded" / "a.png"))[0]
+    for c, ((_, ys), _) in enumerate(runs):
+        torch.testing.assert_close(ys[0], light[c : c + 1])
+    psfs, _ = load_operator(folders / "operator.safetensors")
+    torch.testing.assert_close(psfs, mirrored(torch.cat([run.psfs for _, run in runs], 3)))
+    assert psfs.shape == (1, 1, 2, 3, 7, 7) and read_image(folders / "k.png").shape == (1, 3, 7, 14)
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
     assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
     expected = deblur(photo, kernel=psfs, progress=False).image
@@ -771,6 +790,8 @@ def test_several_processes_learn_one_operator_together(folders, two_processes):
         (["--crop", "10"], "crop: expected at least 38, got 10"),
         (["--kernel-size", "40"], "clean: no photograph of at least 79x79 pixels in"),
         (["--noise-std", "-1"], "noise_std: expected a number in"),
+        (["--colour"], "colour: is of PSFs over the field; add --grid"),
+        (["--grid", "1x2", "--mirrored", "--kernel-size", "8"], "kernel-size: expected an odd number with --mirrored"),
         (["--device", "gpu"], "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"),
     ],
 )
