@@ -36,8 +36,9 @@ Regularizer = Callable[[Tensor, float], Tensor]
 FIT_BELOW = 300
 EM_BOUNDARIES = ("circular", "valid")
 RESPONSES = ("linear", "srgb")
-# Of DiffPIR's E-step: what the prior gets wrong counts as noise, too. An image that explains the measurement down to
-# its noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the kernel move.
+# What sampled images get wrong of a measurement counts as noise, too. In DiffPIR's E-step: an image that explains the
+# measurement down to its noise makes the M-step give back the kernel it was sampled with, right or wrong; this lets the
+# kernel move. And in the M-step of `Annealed`.
 MISFIT = 0.035
 
 
@@ -99,17 +100,18 @@ class PlugAndPlay:
 class Annealed:
     """Plug and play with a diffusion prior of kernels, from coarse to fine: DPIR (arXiv 2008.13751) for the kernel.
 
-    Ours, in place of :class:`PlugAndPlay`, from which it differs in three ways, each of which matters: noise levels
-    fall from ``first`` to ``last``; all colour channels speak for the one kernel in one least-squares solve; and
-    nothing is cut before the denoiser has seen it (noise without its negative half is haze, which grows from M-step to
-    M-step). It keeps the long faint strokes that a denoiser at one low level takes for noise.
+    Ours, in place of :class:`PlugAndPlay`, from which it differs in four ways, each of which matters: noise levels
+    fall from ``first`` to ``last``; all colour channels speak for the one kernel in one least-squares solve; nothing
+    is cut before the denoiser has seen it (noise without its negative half is haze, which grows from M-step to M-step);
+    and what the images get wrong counts beside the noise, which alone averages out over pixels and samples. It keeps
+    the long faint strokes that a denoiser at one low level takes for noise.
 
     Parameters
     ----------
     prior : DiffusionPrior
         Of kernels; its window is that of the kernels.
     strength : float
-        Weight of the prior against images of 64x64 pixels; larger ones count no more.
+        Weight of the prior against the images.
     first, last : float
         Noise levels, in units of half the kernel's peak.
     steps : int
@@ -119,18 +121,18 @@ class Annealed:
     """
 
     prior: Prior
-    strength: float = 0.25
+    strength: float = 0.0615
     first: float = 0.5
     last: float = 0.03
     steps: int = 12
     cut: float = 0.02
 
     @torch.no_grad()
-    def fit(self, kernel: Tensor, solve: Callable[[Tensor, Tensor], Tensor], noise_std: float) -> Tensor:
-        """From ``kernel``, by ``solve(kernel, weight)`` and the denoiser in turns."""
+    def fit(self, kernel: Tensor, solve: Callable[[Tensor, Tensor], Tensor], wrong: float) -> Tensor:
+        """From ``kernel``, by ``solve(kernel, weight)`` and the denoiser in turns; ``wrong``: noise and misfit."""
         half = kernel.amax((-2, -1), keepdim=True) / 2
         for level in torch.logspace(math.log10(self.first), math.log10(self.last), self.steps).tolist():
-            kernel = solve(kernel, self.strength * (noise_std / (level * half)) ** 2)
+            kernel = solve(kernel, self.strength * (wrong / (level * half)) ** 2)
             kernel = _denoised(self.prior, kernel, level)
             half = kernel.amax((-2, -1), keepdim=True) / 2
         # What the denoiser leaves everywhere is faint, but everywhere: a tenth of the sum and more.
@@ -293,12 +295,10 @@ def fit_kernel(
 
     spectrum = torch.fft.rfft2(x)
     z = kernel0.expand(len(y), -1, -1, -1)
-    # Errors of sampled images are no noise that more samples or pixels average out; the unit is 64x64 pixels.
-    share = x.shape[1] * y.shape[-2] * y.shape[-1] / 64**2
 
     def pooled(products: Tensor) -> Tensor:
         over_samples = products.sum(1)
-        return over_samples.sum(1, keepdim=True) / share if together else over_samples
+        return over_samples.sum(1, keepdim=True) if together else over_samples
 
     def correlation(whole: Tensor) -> Tensor:
         return pooled(spectrum.conj() * torch.fft.rfft2(whole))
@@ -316,7 +316,9 @@ def fit_kernel(
         return windowed(torch.fft.irfft2(solved, s=scene), window)
 
     if together:
-        return regularizer.fit(z, solve, noise_std)
+        # Errors of sampled images are no noise that more samples or pixels average out; the unit is 64x64 pixels.
+        share = x.shape[1] * y.shape[-2] * y.shape[-1] / 64**2
+        return regularizer.fit(z, solve, math.hypot(noise_std, MISFIT * share**0.5))
     for _ in range(iterations):
         z = _simplex(solve(z, noise_std**2 * beta))
         if regularizer is not None:

@@ -304,6 +304,17 @@ def test_the_annealed_prior_keeps_faint_strokes(g):
     assert share[0].max() < 0.5 and (share[1] - 1).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("noise_std, share", [(0.02, 3.26), (0.5, 1.015)])
+def test_only_noise_averages_out_over_pixels(noise_std, share, monkeypatch):
+    """Four times the pixels outweigh the prior four times as much if all is noise, and no more if all is misfit."""
+    asked = []
+    monkeypatch.setattr(Annealed, "fit", lambda self, kernel, solve, wrong: (asked.append(wrong**2), kernel)[1])
+    for side in (64, 128):
+        x = torch.zeros(1, 3, side, side)
+        fit_kernel(x, x, noise_std, gaussian_kernels(1, 32, seed=0), Annealed(load_prior("kernel")))
+    assert asked[1] / asked[0] == pytest.approx(share, rel=2e-3)
+
+
 def test_em_that_returns_comes_nearer(g):
     x, k = dead_leaves(2, 64, seed=11), motion_kernels(2, 32, seed=12)
     y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=g)

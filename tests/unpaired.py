@@ -1,0 +1,408 @@
+"""``python tests/unpaired.py``: operators learned from unpaired pictures, beside what a single picture tells.
+
+The experiments of DDM4IP (arXiv 2506.14605) on our scenes: one motion blur, a blur that varies over the field, a lens
+in three colours whose noise is not known, and twice the resolution from one small photograph. Each operator that a
+method finds is held against the true one (MNC, the mean over PSFs) and undoes the blur of pictures that were in neither
+set, two scenes and two photographs, always by the same `restore`. Methods that see one picture alone (BlindDPS, FastEM,
+`deblur`) find a kernel in the middle of each. Every method's figures are written to the JSON file as soon as they are
+there; a run that was stopped goes on with what is missing. ``--jobs`` and ``--cluster`` as of ``tests/benchmark.py``.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmark import load_priors, photographs, read
+from skimage import data
+from torch import Tensor
+
+from blindlib import (
+    DPS,
+    Blur,
+    Downsample,
+    FieldMoments,
+    Moments,
+    SpaceVaryingBlur,
+    Threshold,
+    dead_leaves,
+    deblur,
+    fast_em,
+    fit_flow,
+    gaussian_kernels,
+    learn_operator,
+    lens_psfs,
+    load_kernel_denoiser,
+    mirrored,
+    mnc,
+    motion_kernels,
+    psnr,
+    retrieved_kernel,
+    sample,
+    shaken_psfs,
+    spectrum_kernel,
+)
+from blindlib.deblur import read_image, restore
+from blindlib.files import whole
+from blindlib.jobs import imap_unordered
+from blindlib.operators import seen
+
+PART = 97  # of a picture, in which methods that see no other look for a kernel: with 32 - 1 more, the priors take it
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Sides in pixels; ``grid`` of PSFs, none for one kernel; the noise is on the [-1, 1] scale."""
+
+    name: str
+    side: int
+    kernel: int
+    noise_std: float
+    grid: tuple[int, int] | None = None
+    degraded: int = 1000
+    clean: int = 100
+    held_out: int = PART
+    steps: int = 100
+
+
+EXPERIMENTS = [
+    Experiment("motion blur, 17x17", 64, 17, 0.02),
+    Experiment("motion blur, 13x13", 64, 13, 0.02),
+    Experiment("field of 4x4 PSFs, 9x9", 128, 9, 0.01, (4, 4), 600, held_out=128, steps=15),
+    Experiment("lens of 3x3 PSFs in colour, 9x9", 128, 9, 0.01, (3, 3), 600, held_out=128, steps=15),
+    Experiment("twice the resolution, 13x13", 64, 13, 0.01, steps=60),
+    # The paper's sizes.
+    Experiment("motion blur, 28x28 of 256x256", 256, 28, 0.02, held_out=225),
+    Experiment("field of 8x8 PSFs, 13x13 of 256x256", 256, 13, 0.01, (8, 8), held_out=256, steps=15),
+]
+
+
+class Padded(Downsample):
+    """With a border of zeros on the kernel, without which a scene's side would be odd under an even kernel."""
+
+    def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
+        return super().__call__(image, F.pad(kernel, (0, 1, 0, 1)))
+
+    def sizes(self, measured: tuple[int, int], kernel: tuple[int, int], **_: object) -> dict:
+        return super().sizes(measured, (kernel[0] + 1, kernel[1] + 1))
+
+
+def noisy(y: Tensor, noise_std: float, seed: int) -> Tensor:
+    return y + noise_std * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scenes(n: int, size: int, seed: int) -> Tensor:
+    """Made in pieces, to spare memory."""
+    return torch.cat([dead_leaves(min(20, n - i), size, seed=seed + i) for i in range(0, n, 20)])
+
+
+def truth(e: Experiment, seed: int) -> tuple[Blur | SpaceVaryingBlur | Downsample, Tensor]:
+    """The operator, and the kernel or PSFs that nobody knows."""
+    if e.name.startswith("motion"):
+        return Blur("valid"), motion_kernels(1, e.kernel, extent=(0.4, 0.8), seed=seed + 2)
+    if e.name.startswith("field"):
+        return SpaceVaryingBlur("valid"), shaken_psfs(e.grid, e.kernel, extent=(0.8, 0.8), roll=0.6, seed=seed + 1)
+    if e.name.startswith("lens"):
+        return SpaceVaryingBlur("valid"), lens_psfs(e.grid, e.kernel, corner=0.28 * e.kernel, colour=0.2)
+    return Downsample(2), gaussian_kernels(1, e.kernel, std=(0.8, 2.0), seed=seed + 10)
+
+
+@cache
+def sets(e: Experiment, seed: int) -> tuple[Tensor, Tensor]:
+    """Clean and degraded pictures, no two of one scene. A field's are made of half as many, taken upside down too."""
+    (operator, kernel), base, size = truth(e, seed), 1_000_000 * (seed + 1), e.side + e.kernel - 1
+    sharp = scenes(e.degraded // (1 if e.grid is None else 2), size, base)
+    sharp = sharp if e.grid is None else torch.cat([sharp, sharp.flip(-2, -1)])
+    degraded = noisy(torch.cat([operator(x, kernel) for x in sharp.split(50)]), e.noise_std, seed)
+    clean = scenes(e.clean, size, base + 500_000)
+    if e.name.startswith("lens"):
+        return clean, degraded
+    return clean.mean(1, keepdim=True), degraded.mean(1, keepdim=True)
+
+
+@cache
+def held_out(e: Experiment, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pictures by name, each with what is measured of it; of small photographs, a part."""
+    operator, kernel = truth(e, seed)
+    if e.name.startswith("twice"):
+        out = {}
+        for name, small in small_photographs(e, seed).items():
+            top, left = ((side - e.side) // 2 for side in small.shape[-2:])
+            x = read_image(getattr(data, name)())
+            x = x[..., *seen(x.shape[-2:], kernel.shape[-2:])]
+            x = x[..., 2 * top : 2 * (top + e.side), 2 * left : 2 * (left + e.side)]
+            out[f"photograph, {name}"] = x, small[..., top : top + e.side, left : left + e.side]
+        return out
+    size = e.held_out + e.kernel - 1
+    x = torch.cat([scenes(2, size, 1_000_000 * (seed + 1) + 900_000), photographs(seed, size)[[0, 2]]])
+    y = noisy(operator(x, kernel), e.noise_std, seed + 1)
+    x = x[..., *seen(x.shape[-2:], kernel.shape[-2:])]
+    names = ("scene 0", "scene 1", "photograph 0", "photograph 1")
+    return {name: (x[i : i + 1], y[i : i + 1]) for i, name in enumerate(names)}
+
+
+@cache
+def small_photographs(e: Experiment, seed: int) -> dict[str, Tensor]:
+    operator, kernel = truth(e, seed)
+    whole_ones = {name: read_image(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")}
+    return {name: noisy(operator(x, kernel), e.noise_std, seed + 4) for name, x in whole_ones.items()}
+
+
+def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Tensor]]]:
+    """By name, what finds an operator: one for all held-out pictures, or one for each."""
+    known = {"true kernel": lambda: truth(e, seed)[1]}
+    if e.name.startswith("twice"):
+        return known | {
+            "moments, from itself": partial(from_itself, e, seed),
+            "moments, from other photographs": partial(from_others, e, seed),
+            "one picture: BlindDPS": partial(parallel, e, seed),
+        }
+    one = {
+        "one picture: BlindDPS": partial(parallel, e, seed),
+        "one picture: FastEM": partial(em, e, seed),
+        "one picture: deblur": partial(as_deblur, e, seed),
+    }
+    if e.name.startswith("lens"):
+        return known | {"moments": partial(lens, e, seed), "moments, mirrored": lambda: mirrored(lens(e, seed))} | one
+    if e.name.startswith("field"):
+        return (
+            known
+            | {
+                "one kernel for all": partial(retrieved, e, seed),
+                "moments, each cell alone": partial(cells, e, seed),
+                "moments": partial(field, e, seed),
+            }
+            | one
+        )
+    noise_std = e.noise_std / 3**0.5  # that of a mean of three colours
+    common = dict(noise_std=noise_std, kernel_size=e.kernel)
+    learned = {
+        "power spectra, phase zero": lambda: spectrum_kernel(*sets(e, seed), **common),
+        "power spectra, phase retrieved": partial(retrieved, e, seed),
+        "moments": lambda: Moments(*sets(e, seed), **common, seed=seed).fit(retrieved(e, seed), steps=e.steps),
+        "networks, from a blot": partial(networks, e, seed, common),
+    }
+    return known | learned | one
+
+
+@cache
+def retrieved(e: Experiment, seed: int) -> Tensor:
+    return retrieved_kernel(*sets(e, seed), noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+
+
+def networks(e: Experiment, seed: int, common: dict) -> Tensor:
+    """Matching as in the paper, from a Gaussian: minutes of flow matching, then 600 steps of the operator."""
+    patch = max(32, -(-e.kernel // 4) * 4)
+    net = dict(base_channels=24, multipliers=(1, 2, 2), groups=8)
+    shared = dict(patch=patch, seed=seed, progress=True)
+    flow = fit_flow(sets(e, seed)[1], steps=1000, batch=64, net=net, **shared)
+    blot = gaussian_kernels(1, e.kernel, std=(e.kernel / 5, e.kernel / 5), seed=0)
+    options = dict(steps=600, batch=64, learning_rate=2e-3, flow=flow, start=blot)
+    return learn_operator(*sets(e, seed), **common, **shared, **options).kernel
+
+
+@cache
+def field_moments(e: Experiment, seed: int) -> tuple[FieldMoments, Tensor]:
+    moments = FieldMoments(*sets(e, seed), e.grid, noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+    return moments, moments.retrieved()
+
+
+def cells(e: Experiment, seed: int) -> Tensor:
+    return field_moments(e, seed)[1]
+
+
+def field(e: Experiment, seed: int) -> Tensor:
+    moments, start = field_moments(e, seed)
+    return moments.fit(start, sweeps=2, steps=e.steps)
+
+
+@cache
+def lens(e: Experiment, seed: int) -> Tensor:
+    """Each colour by itself, its noise fitted too."""
+    clean, degraded = sets(e, seed)
+    colours = []
+    for c in range(3):
+        one = FieldMoments(clean[:, c : c + 1], degraded[:, c : c + 1], e.grid, noise_std=None, kernel_size=e.kernel)
+        colours.append(one.fit(one.retrieved(), sweeps=1, steps=e.steps))
+    return torch.cat(colours, dim=3)
+
+
+def blind_spots(e: Experiment, seed: int) -> list[Tensor]:
+    """The middle of each held-out picture."""
+    out = []
+    for _, y in held_out(e, seed).values():
+        top, left = ((side - PART) // 2 for side in y.shape[-2:])
+        out.append(y[..., top : top + PART, left : left + PART])
+    return out
+
+
+def parallel(e: Experiment, seed: int) -> list[Tensor]:
+    """BlindDPS with 300 steps."""
+    coarse = e.name.startswith("twice")
+    operator = Padded(2) if coarse else Blur("valid")
+    ys = [y[..., :48, :48] for _, y in held_out(e, seed).values()] if coarse else blind_spots(e, seed)
+    guidance = DPS().respaced(300, 128)
+    return [sample(y, operator, load_priors("cpu"), steps=300, guidance=guidance, seed=seed).kernel for y in ys]
+
+
+def em(e: Experiment, seed: int) -> list[Tensor]:
+    options = dict(kernel_size=32, noise_std=e.noise_std, steps=30, boundary="valid", seed=seed)
+    return [fast_em(y, load_priors("cpu")["image"], **options).kernel for y in blind_spots(e, seed)]
+
+
+def as_deblur(e: Experiment, seed: int) -> list[Tensor]:
+    options = dict(noise_std=e.noise_std, priors=load_priors("cpu"), seed=seed, device="cpu", progress=False)
+    return [deblur(y, **options).kernel for y in blind_spots(e, seed)]
+
+
+def from_itself(e: Experiment, seed: int) -> list[Tensor]:
+    grey = [small.mean(1, keepdim=True) for small in small_photographs(e, seed).values()]
+    return [coarse_kernel(e, seed, y, y) for y in grey]
+
+
+def from_others(e: Experiment, seed: int) -> list[Tensor]:
+    small = small_photographs(e, seed)
+    sharp = {name: read_image(getattr(data, name)())[0].mean(0, keepdim=True) for name in small}
+    return [
+        coarse_kernel(e, seed, [x for other, x in sharp.items() if other != name], y.mean(1, keepdim=True))
+        for name, y in small.items()
+    ]
+
+
+def coarse_kernel(e: Experiment, seed: int, clean: Tensor | list[Tensor], degraded: Tensor) -> Tensor:
+    """As notebook 07 does it: moments from a blot, then the denoiser of kernels, which takes off specks and haze."""
+    blot = gaussian_kernels(1, e.kernel, std=(e.kernel / 8, e.kernel / 8), seed=0)
+    common = dict(noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+    fitted = Moments(clean, degraded, Downsample(2), **common).fit(blot, steps=e.steps, learning_rate=4e-3)
+    fitted = Threshold(0.02)(load_kernel_denoiser()(fitted, 0.02), 0).clamp(min=0)
+    return fitted / fitted.sum()
+
+
+def bicubic(y: Tensor) -> Tensor:
+    """Cubic interpolation at the fine pixels, of which every second one is where a coarse one is."""
+    at = [2 * (torch.arange(2 * n) / 2 + 0.5) / n - 1 for n in y.shape[-2:]]
+    grid = torch.stack(torch.meshgrid(at[1], at[0], indexing="xy"), -1)[None]
+    return F.grid_sample(y, grid, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def scores(e: Experiment, seed: int, found: list[Tensor] | None) -> dict[str, dict[str, float]]:
+    """By held-out picture: the operator's MNC, the PSNR of the restoration (after the best shift: nothing tells it)."""
+    (operator, true), out = truth(e, seed), {}
+    for i, (name, (x, y)) in enumerate(held_out(e, seed).items()):
+        if found is None:
+            picture, entry = bicubic(y) if isinstance(operator, Downsample) else y, {}
+        else:
+            kernel, of = found[i], operator
+            if true.ndim == 6 and kernel.ndim == 4:  # one kernel for all places
+                of = Blur("valid")
+            picture = restore(y, kernel, load_priors("cpu")["image"], of, e.noise_std)
+            entry = {"mnc": likeness(kernel, true)}
+        entry["psnr"] = float(psnr(picture.clamp(-1, 1), x, max_shift=4, subpixel=4))
+        out[name] = entry
+    return out
+
+
+def likeness(kernel: Tensor, true: Tensor) -> float:
+    """Mean MNC over PSFs and colours; a single kernel is held against all."""
+    if true.ndim == 6 and kernel.ndim == 4:
+        kernel = kernel[:, None, None]
+    one, other = kernel.shape[-2:], true.shape[-2:]
+    kernel = kernel.expand(*true.shape[:-2], *one)
+    return float(mnc(kernel.reshape(-1, 1, *one), true.reshape(-1, 1, *other)).mean())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the grid."""
+
+    experiment: Experiment
+    seed: int
+    method: str
+
+    @property
+    def setting(self) -> str:
+        return f"{self.experiment.name}, seed {self.seed}"
+
+    def among(self, table: dict) -> bool:
+        return self.method in table["results"].get(self.setting, {})
+
+
+def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
+    """The cell's figures; none if a worker that has died since brought them home to ``out``."""
+    if cell.among(read(out)):
+        return cell, None
+    e, seed = cell.experiment, cell.seed
+    if cell.method == "measured":
+        return cell, scores(e, seed, None)
+    _ = held_out(e, seed) if e.name.startswith("twice") else sets(e, seed)  # not to be counted in the seconds
+    began = time.perf_counter()
+    found = methods(e, seed)[cell.method]()
+    seconds = time.perf_counter() - began
+    n = len(held_out(e, seed))
+    found = found if isinstance(found, list) else n * [found]
+    return cell, {name: entry | {"seconds": seconds} for name, entry in scores(e, seed, found).items()}
+
+
+def main(argv: list[str] | None = None, experiments: list[Experiment] = EXPERIMENTS) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--experiment", nargs="+", default=["x9", "x13", "x17"], help="whose name ends so, or has it")
+    parser.add_argument("--seed", type=int, nargs="+", default=[100])
+    parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
+    parser.add_argument("--out", type=Path, default=Path("figures/unpaired.json"))
+    parser.add_argument("--show", action="store_true", help="print the table of what is there")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="processes; with more than one, the seconds mean nothing")
+    where.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler: its workers instead")
+    a = parser.parse_args(argv)
+    table = read(a.out)
+    if not a.show:
+        a.out.parent.mkdir(exist_ok=True)
+        table["machine"] = f"{platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch {torch.__version__}"
+        chosen = [e for e in experiments if any(part in e.name for part in a.experiment)]
+        cells_of = [
+            Cell(e, seed, method)
+            for e in chosen
+            for seed in a.seed
+            for method in ("measured", *methods(e, seed))
+            if method == "measured" or a.only is None or any(part in method for part in a.only)
+        ]
+        missing = [cell for cell in cells_of if not cell.among(table)]
+        for cell in missing:  # rows in the order of the methods, whichever ends first
+            table["results"].setdefault(cell.setting, {})
+        for cell, entry in imap_unordered(partial(measure, out=a.out), missing, jobs=a.jobs, cluster=a.cluster):
+            if entry is None:
+                continue
+            table["results"][cell.setting][cell.method] = entry
+            with whole(a.out) as part:
+                part.write_text(json.dumps(table, indent=1) + "\n")
+            print(f"{cell.setting}, {cell.method}: {entry}", flush=True)
+    print(markdown(table))
+
+
+def markdown(table: dict) -> str:
+    """For each experiment and method the mean MNC, and the mean PSNR of scenes and of photographs."""
+    lines = []
+    for setting, of_setting in table["results"].items():
+        lines += ["", f"**{setting}**", "", "| | MNC | scenes, dB | photographs, dB | seconds |", "|---" * 5 + "|"]
+        for method, items in of_setting.items():
+            cells_of = [_mean([v["mnc"] for v in items.values() if "mnc" in v], 3)]
+            for kind in ("scene", "photograph"):
+                cells_of.append(_mean([v["psnr"] for key, v in items.items() if key.startswith(kind)], 1))
+            cells_of.append(_mean([v["seconds"] for v in items.values() if "seconds" in v], 0))
+            lines.append(f"| {method} | " + " | ".join(cells_of) + " |")
+    return "\n".join(lines).strip()
+
+
+def _mean(values: list[float], digits: int) -> str:
+    return f"{sum(values) / len(values):.{digits}f}" if values else ""
+
+
+if __name__ == "__main__":
+    main()
