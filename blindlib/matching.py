@@ -356,6 +356,7 @@ def learn_operator(
     flow_rate: float = 3e-4,
     centre: float = 0.01,
     compact: float = 0.0,
+    frozen: bool = False,
     flow: UNet | None = None,
     start: Tensor | None = None,
     parameters: DeepLinear | None = None,
@@ -372,8 +373,8 @@ def learn_operator(
     and that of the degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net.
 
     Unlike the paper's, the net of the degraded images goes on learning, in step with the auxiliary one. After minutes
-    of training no net is at its end; without this, what the auxiliary one goes on to learn would pass for a difference
-    of the images.
+    of training no net is at its end; without this (``frozen=True``), what the auxiliary one goes on to learn would pass
+    for a difference of the images.
 
     Up to five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no
     truth. Twice in a row worse than at the start, and beyond chance, and the run ends, for its start.
@@ -403,6 +404,8 @@ def learn_operator(
     centre, compact : float
         Weights of :func:`off_centre` and :func:`spread`. Matching cannot tell a kernel from its shifted self, so the
         first has to be positive. (The paper's mean absolute value is constant for kernels of sum one.)
+    frozen : bool
+        Leave the net of the degraded images as it is, as the paper does: for one that has learned all it can.
     flow : UNet, optional
         From :func:`fit_flow` on the same degraded images and patches; default: it is called.
     start : Tensor, shape of the kernel, optional
@@ -483,9 +486,10 @@ def learn_operator(
     team.average(p.data for p in model.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.95))
     nets = torch.nn.ModuleDict({"data": data, "auxiliary": auxiliary})
-    follower = torch.optim.Adam(nets.parameters(), lr=flow_rate)
+    learning = [auxiliary] if frozen else [data, auxiliary]
+    follower = torch.optim.Adam([p for net in learning for p in net.parameters()], lr=flow_rate)
     parts = dict(kernel=model, nets=nets, optimizer=optimizer, follower=follower)
-    about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact)
+    about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact, frozen=frozen)
     about |= dict(learning_rate=learning_rate, patch=patch, operator=repr(operator), start=_fingerprint(start))
     about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
     run = _Run(folder, "operator", about, parts, team)
@@ -520,12 +524,13 @@ def learn_operator(
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
-        measured, corners = _patches(ys, batch, (patch, patch), g)
         (v - (y.detach() - noise)).square().mean().backward()
-        positions = _positions(corners, field, noise, g)
-        flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
-        team.average(p.grad for p in nets.parameters())
-        for net in (data, auxiliary):
+        if not frozen:
+            measured, corners = _patches(ys, batch, (patch, patch), g)
+            positions = _positions(corners, field, noise, g)
+            flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
+        team.average(p.grad for net in learning for p in net.parameters())
+        for net in learning:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
         run.note(gap=difference.square().mean())

@@ -476,6 +476,18 @@ def test_networks_that_lead_astray_are_not_followed(sets, tmp_path):
 tiny = partial(learn_operator, noise_std=0.02, kernel_size=7, patch=8, steps=6, batch=4, start=FLAT)
 
 
+def test_a_frozen_net_sees_no_more_of_the_degraded_images(sets):
+    clean, degraded, _ = sets
+    flow = fit_flow(degraded, patch=8, steps=4, batch=4, net=TINY)
+    last = {
+        (frozen, first): tiny(clean, images, flow=flow, frozen=frozen).history["kernel"][-1]
+        for frozen in (True, False)
+        for first, images in enumerate((degraded, degraded.flip(0)))
+    }
+    assert torch.equal(last[True, 0], last[True, 1]) and not torch.equal(last[False, 0], last[False, 1])
+    assert not torch.equal(last[True, 0], last[False, 0])
+
+
 def test_it_learns_below_the_resolution_and_the_noise_too(sets):
     clean, k = sets[0], sets[2]
     degraded = Downsample(2)(dead_leaves(60, 46, seed=1), k)
