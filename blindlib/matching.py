@@ -199,7 +199,8 @@ class Learned:
         The velocity net of the degraded images as it was at the start; another run on the same images can take it over.
     history : dict of Tensor
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
-        falls to a floor as the two sets become alike); ``kernel`` (n, ...); ``mnc``, where the truth was given.
+        falls to a floor as the two sets become alike); ``loss``, that of the auxiliary net's flow matching; ``kernel``
+        (n, ...); ``mnc``, where the truth was given.
     deviation : Tensor, shape (n, 3)
         :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
         least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
@@ -524,7 +525,8 @@ def learn_operator(
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
-        (v - (y.detach() - noise)).square().mean().backward()
+        flow_matching = (v - (y.detach() - noise)).square().mean()
+        flow_matching.backward()
         if not frozen:
             measured, corners = _patches(ys, batch, (patch, patch), g)
             positions = _positions(corners, field, noise, g)
@@ -533,7 +535,7 @@ def learn_operator(
         for net in learning:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         follower.step()
-        run.note(gap=difference.square().mean())
+        run.note(gap=difference.square().mean(), loss=flow_matching)
         last = step + 1 == steps
         check = last or (step + 1) % max(APART, steps // CHECKS) == 0
         if check or (step + 1) % max(1, steps // 40) == 0:

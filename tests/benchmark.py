@@ -41,6 +41,7 @@ from blindlib import (
     psnr,
     sample,
 )
+from blindlib.baselines import no_blur
 from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
 from blindlib.em import RESPONSES, blur_of
 from blindlib.files import whole
@@ -133,10 +134,12 @@ def methods(
         "BlindDPS as released, 100 steps": blind(100, DPS.released()),
         "FastEM-DPS, n = 1": partial(fast, steps=100, backbone="dps"),
         "DiffEM-PiGDM, n = 1": partial(diff, steps=20, rounds=10),
+        "DiffEM-PiGDM, n = 1, from a delta": partial(diff, steps=20, rounds=10, kernel0=no_blur(1, WINDOW)),
         "BlindDPS, 300 steps": blind(300),
         "kernel known, DPS": partial(sample, y, known, only, steps=100, guidance=DPS().respaced(100, side)),
         "FastEM-PiGDM, n = 4": partial(fast, steps=100, samples=4),
         "FastEM-DPS, n = 4": partial(fast, steps=100, backbone="dps", samples=4),
+        "FastEM-DPS, n = 1, 1000 steps": partial(fast, steps=1000, backbone="dps"),
         "DiffEM-DPS, n = 1": partial(diff, steps=50, rounds=10, backbone="dps"),
         "DiffEM-PiGDM, n = 4": partial(diff, steps=20, rounds=10, samples=4),
         "BlindDPS, 1000 steps with returns": returns,

@@ -537,7 +537,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
     again = run(tmp_path / "b")
     assert saves == ["flow.pt"] * 6 + ["operator.pt"] * 6, "steps were lost or done twice"
     torch.testing.assert_close(again.kernel, whole.kernel, atol=1e-6, rtol=0)
-    assert again.history.keys() == whole.history.keys() == {"step", "gap", "kernel", "mnc"}
+    assert again.history.keys() == whole.history.keys() == {"step", "gap", "loss", "kernel", "mnc"}
     for key, values in whole.history.items():
         torch.testing.assert_close(again.history[key], values, atol=1e-5, rtol=0)
     assert math.isclose(run(tmp_path / "b").kernel.sub(whole.kernel).abs().max(), 0, abs_tol=1e-6)
