@@ -200,7 +200,8 @@ def _learn_operator(a: argparse.Namespace) -> str:
     say = (lambda line: None) if a.quiet else print
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
     read = dict(response=a.response, grey=not a.colour, seed=a.seed, say=say)
-    clean = read_folder(a.clean, "clean", least=patch + a.kernel_size - 1, crop=a.crop, **read)
+    least = max(patch + a.kernel_size - 1, 0 if a.grid is None else 3 * a.kernel_size - 2)
+    clean = read_folder(a.clean, "clean", least=least, crop=a.crop, **read)
     crop = a.crop if a.grid is None else sys.maxsize
     degraded = read_folder(a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, **read)
     if a.grid is not None:

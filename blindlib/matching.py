@@ -401,7 +401,7 @@ def learn_operator(
         Of the kernel's Adam (betas 0.5, 0.95); it rises over the first tenth of the steps, while the auxiliary net
         catches up, and falls to zero over the last third.
     flow_rate : float
-        Of the two nets' Adam.
+        Of the nets' Adam.
     centre, compact : float
         Weights of :func:`off_centre` and :func:`spread`. Matching cannot tell a kernel from its shifted self, so the
         first has to be positive. (The paper's mean absolute value is constant for kernels of sum one.)
