@@ -436,9 +436,10 @@ _ = display.save_figure(figure, "07_superresolution.png")
 # ## Beside what a single picture tells
 #
 # `python tests/unpaired.py` repeats the experiments of notebook 06 and of this one with seed 100, on which nothing was
-# chosen, and undoes the blur of pictures that were in neither set: two scenes and two photographs (for twice the
-# resolution, four photographs). Always by the same `restore`, with the true operator, with what was learned, and with
-# the kernel that BlindDPS (300 steps), FastEM (30 steps) or `deblur` finds in the middle of each picture alone.
+# chosen (but the lens is the same, and so are the photographs made small), and undoes the blur of pictures that were in
+# neither set: two scenes and two photographs (for twice the resolution, four photographs). Always by the same
+# `restore`, with the true operator, with what was learned, and with the kernel of up to 32x32 pixels that BlindDPS (300
+# steps), FastEM (30 steps) or `deblur` finds in the middle of each picture alone.
 
 # %%
 path = display.figures_folder() / "unpaired.json"
@@ -459,7 +460,12 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
         print(f"{method:40} {likely:>7} {next(db):>8} {next(db):>12}")
 
 # %% [markdown]
-# TEXT07
+# Many pictures tell what one does not. Restorations with a learned operator are 1.6 dB above the best that a single
+# picture gives (motion blur), 3.8 dB (the field) and 2.8 dB (the lens), and 0.5, 2.5 and 2.9 dB below those with the
+# true one. In the field a single kernel cannot be right, wherever it comes from: the retrieved one, `deblur` and FastEM
+# all end near 29.5 dB. The mirror symmetry of the lens is worth 1.7 dB. For twice the resolution BlindDPS is no match:
+# it sees 48x48 pixels, its kernel prior has seen motions more than blots, and its pictures are worse than bicubic ones;
+# other photographs tell more than the small one itself, by 0.8 dB.
 #
 # ## Where it fails
 #
