@@ -210,6 +210,9 @@ def _learn_operator(a: argparse.Namespace) -> str:
             say(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
         degraded = [y for y in degraded if y.shape == size]
     say(f"{len(clean)} clean and {len(degraded)} degraded photographs")
+    folder = a.folder or a.out.with_suffix(".run")
+    flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
+    varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
     colours = ("red", "green", "blue") if a.colour else ("grey",)
     learned = []
     for c, colour in enumerate(colours):
@@ -218,12 +221,9 @@ def _learn_operator(a: argparse.Namespace) -> str:
         if noise_std is None:
             noise_std = float(torch.tensor([estimate_noise(y[None]) for y in ys]).median())
         say(f"{colour}: noise {noise_std:.3f}")
-        folder = a.folder or a.out.with_suffix(".run")
         common = dict(patch=patch, seed=a.seed, device=a.device, progress=not a.quiet) | _given(a, "batch")
         common |= dict(folder=folder / colour if a.colour else folder)
-        flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
         flow = fit_flow(ys, positions=a.grid is not None, **common, **flow_steps)
-        varying = {} if a.grid is None else dict(operator=SpaceVaryingBlur("valid"), grid=a.grid)
         common |= dict(noise_std=noise_std, kernel_size=a.kernel_size, flow=flow) | varying
         learned.append(learn_operator(xs, ys, **common, **_given(a, "steps")))
     kernel = torch.cat([one.kernel for one in learned], dim=-3)

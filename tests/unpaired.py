@@ -51,6 +51,7 @@ from blindlib import (
 from blindlib.deblur import estimate_noise, find_kernels, read_image, restore
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
+from blindlib.matching import FLOW_STRIDE
 from blindlib.operators import seen
 
 PART = 97  # of a picture, in which methods that see no other look for a kernel: with 32 - 1 more, the priors take it
@@ -70,6 +71,11 @@ class Experiment:
     held_out: int = PART
     steps: int = 100
     paper: bool = False
+
+    @property
+    def grey_noise(self) -> float:
+        """That of a mean of three colours."""
+        return self.noise_std / 3**0.5
 
 
 EXPERIMENTS = [
@@ -135,7 +141,7 @@ def held_out(e: Experiment, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
         out = {}
         for name, small in small_photographs(e, seed).items():
             top, left = ((side - e.side) // 2 for side in small.shape[-2:])
-            x = read_image(getattr(data, name)())
+            x = bundled(name)
             x = x[..., *seen(x.shape[-2:], kernel.shape[-2:])]
             x = x[..., 2 * top : 2 * (top + e.side), 2 * left : 2 * (left + e.side)]
             out[f"photograph, {name}"] = x, small[..., top : top + e.side, left : left + e.side]
@@ -151,8 +157,12 @@ def held_out(e: Experiment, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
 @cache
 def small_photographs(e: Experiment, seed: int) -> dict[str, Tensor]:
     operator, kernel = truth(e, seed)
-    whole_ones = {name: read_image(getattr(data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")}
-    return {name: noisy(operator(x, kernel), e.noise_std, seed + 4) for name, x in whole_ones.items()}
+    names = ("astronaut", "coffee", "chelsea", "rocket")
+    return {name: noisy(operator(bundled(name), kernel), e.noise_std, seed + 4) for name in names}
+
+
+def bundled(name: str) -> Tensor:
+    return read_image(getattr(data, name)())
 
 
 def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Tensor]]]:
@@ -181,8 +191,7 @@ def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Te
             }
             | one
         )
-    noise_std = e.noise_std / 3**0.5  # that of a mean of three colours
-    common = dict(noise_std=noise_std, kernel_size=e.kernel)
+    common = dict(noise_std=e.grey_noise, kernel_size=e.kernel)
     learned = {
         "power spectra, phase zero": lambda: spectrum_kernel(*sets(e, seed), **common),
         "power spectra, phase retrieved": partial(retrieved, e, seed),
@@ -193,12 +202,12 @@ def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Te
 
 
 def retrieved(e: Experiment, seed: int) -> Tensor:
-    return retrieved_kernel(*sets(e, seed), noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+    return retrieved_kernel(*sets(e, seed), noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
 
 
 def networks(e: Experiment, seed: int, common: dict) -> Tensor:
     """Matching alone, from a Gaussian: minutes of flow matching, then 600 steps of the operator."""
-    patch = max(32, -(-e.kernel // 4) * 4)
+    patch = max(32, -(-e.kernel // FLOW_STRIDE) * FLOW_STRIDE)
     net = dict(base_channels=24, multipliers=(1, 2, 2), groups=8)
     shared = dict(patch=patch, seed=seed, progress=True)
     flow = fit_flow(sets(e, seed)[1], steps=1000, batch=64, net=net, **shared)
@@ -208,7 +217,7 @@ def networks(e: Experiment, seed: int, common: dict) -> Tensor:
 
 
 def field_moments(e: Experiment, seed: int) -> FieldMoments:
-    return FieldMoments(*sets(e, seed), e.grid, noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+    return FieldMoments(*sets(e, seed), e.grid, noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
 
 
 def cells(e: Experiment, seed: int) -> Tensor:
@@ -230,20 +239,19 @@ def lens(e: Experiment, seed: int) -> Tensor:
     return torch.cat(colours, dim=3)
 
 
-def blind_spots(e: Experiment, seed: int) -> list[Tensor]:
+def middles(e: Experiment, seed: int, part: int = PART) -> list[Tensor]:
     """The middle of each held-out picture."""
     out = []
     for _, y in held_out(e, seed).values():
-        top, left = ((side - PART) // 2 for side in y.shape[-2:])
-        out.append(y[..., top : top + PART, left : left + PART])
+        top, left = ((side - part) // 2 for side in y.shape[-2:])
+        out.append(y[..., top : top + part, left : left + part])
     return out
 
 
 def parallel(e: Experiment, seed: int) -> list[Tensor]:
     """BlindDPS with 300 steps."""
-    coarse = e.name.startswith("twice")
-    operator = Padded(2) if coarse else Blur("valid")
-    ys = [y[..., 8:56, 8:56] for _, y in held_out(e, seed).values()] if coarse else blind_spots(e, seed)
+    operator, part = (Padded(2), 48) if e.name.startswith("twice") else (Blur("valid"), PART)
+    ys = middles(e, seed, part)
     guidance = DPS().respaced(300, 128)
     return [sample(y, operator, load_priors("cpu"), steps=300, guidance=guidance, seed=seed).kernel for y in ys]
 
@@ -251,12 +259,12 @@ def parallel(e: Experiment, seed: int) -> list[Tensor]:
 def em(e: Experiment, seed: int) -> list[Tensor]:
     options = dict(kernel_size=32, steps=30, boundary="valid", seed=seed)
     image = load_priors("cpu")["image"]
-    return [fast_em(y, image, noise_std=noise_of(e, y), **options).kernel for y in blind_spots(e, seed)]
+    return [fast_em(y, image, noise_std=noise_of(e, y), **options).kernel for y in middles(e, seed)]
 
 
 def as_deblur(e: Experiment, seed: int) -> list[Tensor]:
     find = partial(find_kernels, priors=load_priors("cpu"), blur=Blur("valid"), seed=seed)
-    return [find(y, noise_std=noise_of(e, y))[0] for y in blind_spots(e, seed)]
+    return [find(y, noise_std=noise_of(e, y))[0] for y in middles(e, seed)]
 
 
 def noise_of(e: Experiment, y: Tensor) -> float:
@@ -271,7 +279,7 @@ def from_itself(e: Experiment, seed: int) -> list[Tensor]:
 
 def from_others(e: Experiment, seed: int) -> list[Tensor]:
     small = small_photographs(e, seed)
-    sharp = {name: read_image(getattr(data, name)())[0].mean(0, keepdim=True) for name in small}
+    sharp = {name: bundled(name)[0].mean(0, keepdim=True) for name in small}
     return [
         coarse_kernel(e, seed, [x for other, x in sharp.items() if other != name], y.mean(1, keepdim=True))
         for name, y in small.items()
@@ -281,7 +289,7 @@ def from_others(e: Experiment, seed: int) -> list[Tensor]:
 def coarse_kernel(e: Experiment, seed: int, clean: Tensor | list[Tensor], degraded: Tensor) -> Tensor:
     """As notebook 07 does it: moments from a blot, then the denoiser of kernels, which takes off specks and haze."""
     blot = gaussian_kernels(1, e.kernel, std=(e.kernel / 8, e.kernel / 8), seed=0)
-    common = dict(noise_std=e.noise_std / 3**0.5, kernel_size=e.kernel, seed=seed)
+    common = dict(noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
     fitted = Moments(clean, degraded, Downsample(2), **common).fit(blot, steps=e.steps, learning_rate=4e-3).cpu()
     fitted = Threshold(0.02)(load_kernel_denoiser()(fitted, 0.02), 0).clamp(min=0)
     return fitted / fitted.sum()
