@@ -50,7 +50,7 @@ sync: .venv/ready  ## bring .ipynb and .py of each notebook in step, the .py bei
 
 figures: sync  ## execute the notebooks at "cpu", in place: their outputs, pictures and records
 	for n in $(NOTEBOOKS:.py=.ipynb); do $(BIN)/papermill --cwd notebooks $$n $$n || exit 1; done
-	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb)
+	$(BIN)/python tests/shrink.py $(NOTEBOOKS:.py=.ipynb) figures/*.png
 
 train: .venv/ready  ## train a prior, or go on training it (PRIOR=image, kernel, text, tilt or kernel-denoiser)
 	$(BIN)/python -m blindlib.train $(PRIOR)
