@@ -689,22 +689,23 @@ class Moments:
             out.append(((a - b).abs().square() / (va + vb + 1e-6)).flatten()[1:].mean())  # no zero frequency
         return torch.stack(out)
 
-    def fit(self, start: Tensor, *, steps: int = 100, learning_rate: float = 2e-3) -> Tensor:
+    def fit(self, start: Tensor, *, steps: int = 200, learning_rate: float = 1e-2) -> Tensor:
         """The kernel (1, 1, K, K) of least deviation near ``start``, its centre of mass at pixel ``K // 2``.
 
         A noise level that is not known is fitted too.
         """
-        theta = torch.nn.Parameter(_centred(start.to(self.scenes)) + 1e-5)
+        # Squares are never negative, and with them a step moves faint pixels less than bright ones.
+        root = torch.nn.Parameter((_centred(start.to(self.scenes)) + 1e-5).sqrt())
         level = torch.nn.Parameter(self.noise_std.log()) if not self.noise_is_known else None
-        optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([root], lr=learning_rate, betas=(0.9, 0.95))
         if level is not None:
             optimizer.add_param_group({"params": [level]})
         for step in range(steps):
             _set_rate(optimizer, learning_rate, step, steps)
             if level is not None:
-                optimizer.param_groups[1]["lr"] *= 25  # a logarithm, to the kernel's hundredths
+                optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
                 self.noise_std = level.exp()
-            k = simplex(theta)
+            k = simplex(root.square())
             # No moment depends on a shift, and a sharp kernel differs much from itself a third of a pixel away.
             loss = self(k).sum() + 10 * off_centre(k).sum()
             optimizer.zero_grad()
@@ -712,7 +713,7 @@ class Moments:
             optimizer.step()
         if level is not None:
             self.noise_std = level.detach().exp()
-        return simplex(theta.detach())
+        return simplex(root.detach().square())
 
     def _moments(self, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Moments of tiles (N, C, S, S), each (S, S // 2 + 1) with the variance of its mean."""
@@ -807,7 +808,7 @@ class FieldMoments:
             return torch.stack([self._moments(cell, psfs)(psfs[:, *cell]).cpu() for cell in self._cells()]).mean(0)
 
     def fit(
-        self, start: Tensor, *, sweeps: int = 2, steps: int = 15, learning_rate: float = 3e-3, progress: bool = False
+        self, start: Tensor, *, sweeps: int = 2, steps: int = 15, learning_rate: float = 2e-2, progress: bool = False
     ) -> Tensor:
         """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
         psfs, levels = start.clone(), []

@@ -216,7 +216,7 @@ def test_fitted_moments_are_a_better_start_than_the_spectrum_and_centred(sets):
     clean, degraded, k = sets
     start = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
     moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
-    found = moments.fit(start, steps=40, learning_rate=4e-3)
+    found = moments.fit(start, steps=40)
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5) and off_centre(found) < 0.01
     assert moments(found).max() < 1.2 and mnc(found, k) > max(0.95, float(mnc(start, k)) + 0.02)
 
@@ -225,7 +225,7 @@ def test_a_noise_level_that_is_not_known_is_found(sets):
     clean, degraded, k = sets
     moments = Moments(clean, degraded, noise_std=None, kernel_size=7)
     start = retrieved_kernel(clean, degraded, noise_std=0.0, kernel_size=7)
-    found = moments.fit(start, steps=60, learning_rate=4e-3)
+    found = moments.fit(start, steps=60)
     assert mnc(found, k) > max(0.88, float(mnc(start, k)) + 0.1) and float(moments.noise_std) == pytest.approx(
         0.02, rel=0.15
     )
@@ -238,7 +238,7 @@ def test_the_blur_before_a_lower_resolution(sets):
     y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     moments = Moments(dead_leaves(60, 70, seed=3), y, double, noise_std=0.01, kernel_size=7)
     blot = matching._blot(7)
-    found = moments.fit(blot, steps=60, learning_rate=4e-3)
+    found = moments.fit(blot, steps=60)
     assert mnc(found, k) > max(0.87, float(mnc(blot, k)) + 0.06)
     assert moments(found).max() < 1.3 and moments(k).max() < 1.3 and moments(blot).min() > 3
 

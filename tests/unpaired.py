@@ -69,7 +69,7 @@ class Experiment:
     degraded: int = 1000
     clean: int = 100
     held_out: int = PART
-    steps: int = 100
+    steps: int = 200
     paper: bool = False
 
     @property
@@ -287,10 +287,10 @@ def from_others(e: Experiment, seed: int) -> list[Tensor]:
 
 
 def coarse_kernel(e: Experiment, seed: int, clean: Tensor | list[Tensor], degraded: Tensor) -> Tensor:
-    """As notebook 07 does it: moments from a blot, then the denoiser of kernels, which takes off specks and haze."""
+    """As notebook 07 does it: moments from a blot, by short steps as one picture tells little; then the denoiser."""
     blot = gaussian_kernels(1, e.kernel, std=(e.kernel / 8, e.kernel / 8), seed=0)
     common = dict(noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
-    fitted = Moments(clean, degraded, Downsample(2), **common).fit(blot, steps=e.steps, learning_rate=4e-3).cpu()
+    fitted = Moments(clean, degraded, Downsample(2), **common).fit(blot, steps=e.steps, learning_rate=2e-3).cpu()
     fitted = Threshold(0.02)(load_kernel_denoiser()(fitted, 0.02), 0).clamp(min=0)
     return fitted / fitted.sum()
 
