@@ -446,9 +446,9 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 # is worse than the blurred one.
 #
 # The learned kernel is 0.9 dB below the true one. Is this seed an unlucky one? The same up to the moments' kernel, with
-# four pictures each: on seeds 0, 2 and 101, on which the fit's steps were chosen, MNC 0.98 and 0.6, 0.6 and 1.1 dB
-# below the true kernel. On eight others (100 and 102 to 108), on which nothing was, MNC 0.88 to 0.985, in the middle
-# 0.95 (0.98 by quarters of a pixel), and 0.4 to 3.7 dB, in the middle 1.1 dB. Eight times out of the ten we looked at,
+# four pictures each: on seeds 0, 2 and 100 to 104, which were looked at when the fit's steps were chosen, MNC 0.93 to
+# 0.985, and 0.4 to 1.4 dB below the true kernel. On four that were not (105 to 108) MNC 0.93, 0.92, 0.88 and 0.96 (by
+# quarters of a pixel 0.98, 0.96, 0.93 and 0.98), and 0.6, 2.7, 3.7 and 0.5 dB. Eight times out of the ten we looked at,
 # the mismatch of the kernel found is below that of the truth, as above: there more pictures, or larger ones, would
 # bring it nearer, and a better fit would not. Twice (103, 107) it is above it, and the fit has stopped at a minimum
 # that is not the lowest: with seed 107, from the truth, it goes to a kernel with MNC 0.985.
