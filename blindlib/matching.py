@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_noise
+from blindlib.em import Threshold
 from blindlib.files import save_whole
 from blindlib.jobs import Team
 from blindlib.metrics import mnc, recentred
@@ -633,11 +634,14 @@ class Moments:
     """What one can measure of two sets of images without a network, with error bars: two kinds of moments.
 
     The power spectrum, which a kernel's phase does not change, and two cross-spectra between the image's differences
-    ``d`` and only their strongest ``s(d)``, at 10 % or 3 % of the pixels: ``<S* D> / <|S|^2>``, a mean edge. Those are
-    of higher order, and show on which side of an edge its blur lies. Of simulated and measured images all are to
-    agree within their error bars, which makes a chi-square test: about 1 for the right kernel, whatever the scenes.
-    (With a hundred scenes. With twenty the error bars of the spectrum come out too small.) To fit a model by moments of
-    its simulations is the method of simulated moments (McFadden, Econometrica 1989).
+    ``d`` and only their strongest ``s(d)``, whose square is more than 2 or 6 times the image's mean: ``<S* D> /
+    <|S|^2>``, a mean edge. (The thresholds are smooth, so that moments change smoothly with the kernel.) Those are of
+    higher order, and show on which side of an edge its blur lies. Of simulated and measured images all are to agree
+    within their error bars, which makes a chi-square test: about 1 for the right kernel, whatever the scenes. (With a
+    hundred scenes. With twenty the error bars of the spectrum come out too small.) Scenes are coarse or fine, so that
+    all frequencies of one err together: along the first principal component of the measured tiles a deviation counts in
+    units of that component's variance. To fit a model by moments of its simulations is the method of simulated moments
+    (McFadden, Econometrica 1989).
 
     The scenes are taken to look the same in a mirror, which makes two of each clean one. Arguments and errors as of
     :func:`learn_operator`.
@@ -648,7 +652,7 @@ class Moments:
         Of the degraded images, on the [-1, 1] scale; where none was given, what :meth:`fit` found.
     """
 
-    shares = (0.1, 0.03)
+    strong = (2.0, 6.0)
 
     def __init__(
         self,
@@ -671,12 +675,13 @@ class Moments:
         side = min(4 * kernel_size, *least)
         g = torch.Generator().manual_seed(seed)
         device = pick_device(device)
-        x = _tiles(xs, factor * side + grow, 200, g).to(device)
+        x = _tiles(xs, factor * side + grow, 400, g).to(device)
         self.scenes = torch.cat([x, x.flip(-1)])
         self.noise = torch.randn(*self.scenes.shape[:2], side, side, generator=g).to(device)
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=device)
-        self.measured = self._moments(_tiles(ys, side, 1000, g).to(device))
+        moments = self._moments(_tiles(ys, side, 1000, g).to(device))
+        self.measured = [(value, variance, *_component(variance, each)) for value, variance, each in moments]
 
     def __call__(self, kernel: Tensor) -> Tensor:
         """Mean squared deviation in units of its variance, (3,), of images simulated with ``kernel`` (1, 1, K, K).
@@ -685,17 +690,27 @@ class Moments:
         """
         simulated = self._moments(self.operator(self.scenes, kernel.to(self.scenes)) + self.noise_std * self.noise)
         out = []
-        for (a, va), (b, vb) in zip(simulated, self.measured, strict=True):
-            out.append(((a - b).abs().square() / (va + vb + 1e-6)).flatten()[1:].mean())  # no zero frequency
+        for (a, va, _), (b, vb, component, excess) in zip(simulated, self.measured, strict=True):
+            z = _reals((a - b) / (va + vb + 1e-6).sqrt())
+            out.append((z.square().sum() - excess * (component @ z).square()) / (a.numel() - 1))
         return torch.stack(out)
 
     def fit(self, start: Tensor, *, steps: int = 200, learning_rate: float = 1e-2) -> Tensor:
         """The kernel (1, 1, K, K) of least deviation near ``start``, its centre of mass at pixel ``K // 2``.
 
-        A noise level that is not known is fitted too.
+        A noise level that is not known is fitted too. No moment depends on a shift. So for three quarters of the steps
+        the kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
+        became brighter, and would end in a wrong place.
         """
+        held = steps // 4
+        kernel = Threshold(0.1)(start.to(self.scenes), 0)  # without the haze of a retrieved kernel
+        kernel = self._descend(kernel, steps - held, learning_rate, hold=0.0)
+        # A sharp kernel differs much from itself a third of a pixel away.
+        return self._descend(recentred(kernel), held, learning_rate / 2, hold=10.0)
+
+    def _descend(self, kernel: Tensor, steps: int, learning_rate: float, hold: float) -> Tensor:
         # Squares are never negative, and with them a step moves faint pixels less than bright ones.
-        root = torch.nn.Parameter((_centred(start.to(self.scenes)) + 1e-5).sqrt())
+        root = torch.nn.Parameter((kernel + 1e-5).sqrt())
         level = torch.nn.Parameter(self.noise_std.log()) if not self.noise_is_known else None
         optimizer = torch.optim.Adam([root], lr=learning_rate, betas=(0.9, 0.95))
         if level is not None:
@@ -706,8 +721,7 @@ class Moments:
                 optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
                 self.noise_std = level.exp()
             k = simplex(root.square())
-            # No moment depends on a shift, and a sharp kernel differs much from itself a third of a pixel away.
-            loss = self(k).sum() + 10 * off_centre(k).sum()
+            loss = self(k).sum() + hold * off_centre(k).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -715,8 +729,8 @@ class Moments:
             self.noise_std = level.detach().exp()
         return simplex(root.detach().square())
 
-    def _moments(self, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Moments of tiles (N, C, S, S), each (S, S // 2 + 1) with the variance of its mean."""
+    def _moments(self, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Moments of tiles (N, C, S, S), each (S, S // 2 + 1), its mean's variance, the N tiles' deviations."""
         n, side = len(y), y.shape[-1]
         i = torch.arange(side, device=y.device) + 0.5
         taper = torch.sin((i.minimum(side - i) * 8 / side).clamp(max=1) * math.pi / 2).square()
@@ -725,20 +739,39 @@ class Moments:
         d = torch.fft.rfft2(standard(y) * taper)[:, :, None] * slopes  # (N, C, 2, S, S // 2 + 1)
         power = d.abs().square().sum((1, 2))
         mean = power.mean(0) + 1e-9
-        out = [(mean.log(), (power.var(0, correction=0) / n / mean**2).detach())]
+        rest = (power / mean - 1).detach()
+        out = [(mean.log(), rest.square().mean(0) / n, rest)]
         edges = torch.fft.irfft2(d, s=(side, side))
-        size = edges.detach().square().sum((1, 2), keepdim=True)
-        for least in size.flatten(1).quantile(1 - torch.tensor(self.shares, device=y.device), dim=1):
-            least = least.view(-1, 1, 1, 1, 1)
-            strong = edges * (size > least)
+        size = edges.square().sum((1, 2), keepdim=True)
+        size = size / (size.mean((-2, -1), keepdim=True) + 1e-4)
+        for least in self.strong:
+            strong = edges * (size**6 / (size**6 + least**6))
             strong = strong / (strong.square().mean((1, 2, 3, 4), keepdim=True) + 1e-4).sqrt()
             s = torch.fft.rfft2(strong)
             cross, weight = (s.conj() * d).sum((1, 2)), s.abs().square().sum((1, 2))
             weight = weight + 0.01 * weight.mean()
             ratio = cross.mean(0) / weight.mean(0)
-            rest = (cross - ratio * weight).detach().abs().square().mean(0)
-            out.append((ratio, rest / n / weight.detach().mean(0) ** 2))
+            rest = ((cross - ratio * weight) / weight.mean(0)).detach()
+            out.append((ratio, rest.abs().square().mean(0) / n, rest))
         return out
+
+
+def _reals(z: Tensor) -> Tensor:
+    """Spectra (..., S, S // 2 + 1) without their zero frequency as vectors of real numbers."""
+    z = z.flatten(-2)[..., 1:]
+    return torch.cat([z.real, z.imag], -1) if z.is_complex() else z
+
+
+def _component(variance: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+    """The first principal component of deviations (N, S, S // 2 + 1) in units of the variance of their mean.
+
+    With the share by which its own variance exceeds that of the rest, 1 - 1 / eigenvalue (Sherman-Morrison).
+    """
+    z = _reals(each / ((variance + 1e-6) * len(each) ** 2).sqrt())
+    z = z * (2 if each.is_complex() else 1) ** 0.5
+    values, vectors = torch.linalg.eigh(z @ z.T)
+    largest = values[-1].clamp(min=1)
+    return vectors[:, -1] @ z / largest.sqrt(), 1 - 1 / largest
 
 
 class FieldMoments:
@@ -808,13 +841,15 @@ class FieldMoments:
             return torch.stack([self._moments(cell, psfs)(psfs[:, *cell]).cpu() for cell in self._cells()]).mean(0)
 
     def fit(
-        self, start: Tensor, *, sweeps: int = 2, steps: int = 15, learning_rate: float = 2e-2, progress: bool = False
+        self, start: Tensor, *, sweeps: int = 4, steps: int = 8, learning_rate: float = 2e-2, progress: bool = False
     ) -> Tensor:
         """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
-        psfs, levels = start.clone(), []
+        psfs, levels = simplex(Threshold(0.1)(start, 0)), []
         for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
             moments = self._moments(cell, psfs)
-            psfs[:, *cell] = moments.fit(psfs[:, *cell], steps=steps, learning_rate=learning_rate).to(psfs)
+            # Held all the way: between PSFs of which each lies where it likes, none can be interpolated.
+            psf = _centred(psfs[:, *cell].to(moments.scenes))
+            psfs[:, *cell] = moments._descend(psf, steps, learning_rate, hold=10.0).to(psfs)
             levels.append(moments.noise_std.cpu())
             self.noise_std = torch.stack(levels[-len(self._cells()) :]).median()
         return psfs
