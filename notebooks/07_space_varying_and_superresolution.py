@@ -23,7 +23,7 @@
 # we find the blur before its pixels, and give back the photograph at twice its resolution.
 #
 # **What you need.** The notebook `06_distribution_matching`, whose methods are used here. No GPU: about
-# ten minutes on two CPU cores.
+# twelve minutes on two CPU cores.
 
 # %%
 import importlib.util
@@ -76,10 +76,10 @@ sizes = {
     "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "sweeps": 1, "fit": 8, "patch": 16,
            "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "blind": 5, "kernel_sr": 9,
            "fit_sr": 20, "part": 24},
-    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "sweeps": 2, "fit": 15, "patch": 32,
+    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "sweeps": 4, "fit": 8, "patch": 32,
             "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "blind": 12,
             "kernel_sr": 13, "fit_sr": 60, "part": 64},
-    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 3, "fit": 40,
+    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 4, "fit": 15,
             "patch": 64, "flow": 20_000, "steps": 5000, "batch": 128, "held_out": 8, "lens": (8, 8),
             "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
 }[preset]  # fmt: skip
@@ -207,11 +207,11 @@ print(f"mean of the spectra {of_each:.1f}, spectrum of the mean {of_mean:.1f}") 
 
 # %% [markdown]
 # So the simulated tiles are blurred by the whole grid, interpolated, and the PSF of the cell is fitted with its
-# neighbours held fixed. Then the next cell, and when all are done, once more. In code:
+# neighbours held fixed. Then the next cell, and when all are done, from the first one on again. In code:
 #
 # ```python
 # psfs = [retrieved_kernel(clean, tiles(cell)) for cell in cells]     # each for itself
-# for cell in 2 * cells:                                               # coordinate descent, two sweeps
+# for cell in 4 * cells:                                               # coordinate descent, four sweeps of few steps
 #     def simulate(x, h): return share(cell) * (h * x) + sum(share(c) * (psfs[c] * x) for c in cells if c != cell)
 #     psfs[cell] = Moments(clean, tiles(cell), simulate).fit(psfs[cell])
 # ```
@@ -261,8 +261,7 @@ print(f"MNC: moments {scores['with neighbours'].mean():.3f}, then networks {mnc_
 print(f"largest mismatch: {learned.deviation[0].max():.2f} at the start, {learned.deviation[-1].max():.2f} at the end")
 
 # %% [markdown]
-# A mismatch above 1 says, without the truth, that the PSFs are not quite right yet, and the networks have not changed
-# that.
+# A mismatch near 1 says, without the truth, that the PSFs explain the pictures. The networks have little to add.
 #
 # ## Undo it
 #
@@ -308,7 +307,7 @@ figure = display.show(shown, columns=2 + len(restored), size=1.7)
 _ = display.save_figure(figure, "07_field_restored.png")
 
 # %% [markdown]
-# Four fifths of the decibels that the true PSFs bring back are back, far more than one kernel for all places can give.
+# Nine tenths of the decibels that the true PSFs bring back are back, far more than one kernel for all places can give.
 #
 # **Finer and larger**, by moments alone (an earlier version of the fit, with shorter steps), on one CPU core in half an
 # hour (`sizes` with a field of 256 pixels, a grid of 8x8 and PSFs of 13x13): one kernel for all has MNC 0.79, each cell
@@ -326,14 +325,14 @@ _ = display.save_figure(figure, "07_field_restored.png")
 
 # %%
 if preset != "ci":
-    print("two to three minutes on two CPU cores")
+    print("four to five minutes on two CPU cores")
 lens = lens_psfs(sizes["lens"], window, corner=0.28 * window, colour=0.2).to(device)
 wide_open = noisy(torch.cat([field_blur(x, lens) for x in sharp.split(50)]), seed + 2)
 began = time.perf_counter()
 colours, noise_found = [], []
 for c in range(3):
     one = FieldMoments(clean[:, c : c + 1], wide_open[:, c : c + 1], sizes["lens"], noise_std=None, kernel_size=window)
-    colours.append(one.fit(one.retrieved().to(device), sweeps=1, steps=sizes["fit"]))
+    colours.append(one.fit(one.retrieved().to(device), sweeps=sizes["sweeps"], steps=sizes["fit"]))
     noise_found.append(one.noise_std.item())
 each_alone = torch.cat(colours, dim=3)
 calibrated = mirrored(each_alone)
@@ -360,8 +359,9 @@ figure = display.show(
 _ = display.save_figure(figure, "07_lens.png")
 
 # %% [markdown]
-# The mirror helps in the mean, and not everywhere: in the middle the red PSF came out half a pixel to the side, and
-# made like its mirror image it has two peaks.
+# What the calibrated PSFs restore cannot be told from what the true ones do. To know the noise, the fit has to know the
+# PSFs, and the other way round: several sweeps of a few steps each find both, and a single sweep of more steps ended
+# with a quarter too little noise.
 #
 # ## Twice the resolution, from a single photograph
 #
@@ -431,14 +431,13 @@ figure = display.show(pictures, columns=6, size=1.7)
 _ = display.save_figure(figure, "07_superresolution.png")
 
 # %% [markdown]
-# Which of the two sets is the better one differs from photograph to photograph. Perhaps that is since the photograph
-# itself has the right contents, but is not always as sharp at half its size as at its own, where other photographs are
-# sharp, but of another world.
+# Here other photographs tell more. Perhaps that is since the photograph itself has the right contents, but is not
+# always as sharp at half its size as at its own, where other photographs are sharp, but of another world.
 #
 # ## Beside what a single picture tells
 #
-# `python tests/unpaired.py` repeats the experiments of notebook 06 and of this one with seed 100 (which was looked at
-# when the fit's steps were chosen; the lens is the same as here, and so are the photographs made small), and undoes the
+# `python tests/unpaired.py` repeats the experiments of notebook 06 and of this one with seed 100 (on which
+# the fit was developed; the lens is the same as here, and so are the photographs made small), and undoes the
 # blur of pictures that were in neither set: two scenes and two photographs (for twice the resolution, four
 # photographs). Always by the same `restore`, with the true operator, with what was learned, and with the kernel of up
 # to 32x32 pixels that BlindDPS (300 steps), FastEM (30 steps) or `deblur` finds in the middle of each picture alone.
@@ -462,19 +461,18 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
         print(f"{method:40} {likely:>7} {next(db):>8} {next(db):>12}")
 
 # %% [markdown]
-# Many pictures tell what one does not. Restorations with a learned operator are 1.8 dB above the best that a single
-# picture gives (motion blur), 4.2 dB (the field) and 3.9 dB (the lens), and 0.4, 2.1 and 1.8 dB below those with the
+# Many pictures tell what one does not. Restorations with a learned operator are 1.4 dB above the best that a single
+# picture gives (motion blur), 4.4 dB (the field) and 5.2 dB (the lens), and 0.8, 1.8 and 0.6 dB below those with the
 # true one; 0.7 dB at 28x28 pixels of 256x256. In the field a single kernel cannot be right, wherever it comes from: the
-# retrieved one, `deblur` and FastEM all end near 29.5 dB. The mirror symmetry of the lens is worth 1.1 dB. For twice
+# retrieved one, `deblur` and FastEM all end near 29.5 dB. The mirror symmetry of the lens is worth 0.1 dB. For twice
 # the resolution BlindDPS is no match: it sees 48x48 pixels, its kernel prior has seen motions more than blots, and its
-# pictures are worse than bicubic ones; other photographs tell more than the small one itself, by 0.7 dB.
+# pictures are worse than bicubic ones; other photographs tell more than the small one itself, by 0.6 dB.
 #
 # ## Where it fails
 #
-# **PSFs hardly larger than a pixel.** No moment sees a shift, not even one by a fraction of a pixel, and of a PSF that
-# small a fraction is most of what there is to know. The lens above shows it: its PSFs come out less like the truth than
-# those of the shaken camera, and each colour a little off its place. To know the lens's symmetry took away a part of
-# that; larger discs, sharper clean pictures, or more to know about the lens (round on its axis) would do more.
+# **What lies where.** No moment sees a shift. So of a lens that draws red and blue at different places, as most do
+# towards the corners, the fit finds how each colour is blurred and not where it lies: every PSF has its centre of mass
+# in the middle, by definition. To bring colours together, or straight lines to be straight, takes other means.
 #
 # **A PSF that no tile holds.** Cells smaller than about four PSFs need tiles larger than cells, and PSFs of
 # neighbours are then hard to tell apart. And where the blur of one *picture* differs from that of the next, as with
@@ -483,7 +481,8 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 #
 # **A photograph that is not sharp at its own scale.** Super-resolution from the photograph itself takes its details to
 # be as sharp as they can be. Is it softer at all, as the pictures of a camera with an optical low-pass filter are, the
-# kernel comes out wrong by that softness. The same experiment with a photograph that was softened before:
+# kernel comes out wider by that softness. The same experiment with a photograph that was softened before. (From itself
+# the kernel of this photograph came out too narrow; that the two errors make up for one another is luck.)
 
 # %%
 soft = gaussian_kernels(1, 9, std=(1.5, 1.5), seed=0).to(device)
