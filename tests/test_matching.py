@@ -212,6 +212,25 @@ def test_the_deviation_grows_with_the_number_of_images_if_and_only_if_the_kernel
     assert (all(FLAT) - 1 > 1.5 * (few(FLAT) - 1)).all() and (all(k) < 1.4).all() and (few(k) < 1.4).all()
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
+def test_the_direction_in_which_tiles_differ_most_is_found_and_by_how_much(kind, g):
+    """Deviations of a known covariance: independent ones, and one common factor with a variance of 9 times theirs."""
+    n, side, half = 1000, 8, 0.5 if kind.is_complex else 1.0
+    way = torch.randn(side, side // 2 + 1, generator=g, dtype=kind)
+    way.view(-1)[0] = 0  # the zero frequency does not count
+    way /= way.abs().square().sum().sqrt()
+    factor = 3 * half**0.5 * torch.randn(n, 1, 1, generator=g, dtype=torch.float64)
+    each = torch.randn(n, *way.shape, generator=g, dtype=kind) + factor * way
+    component, excess = matching._component((1 + 9 * half * way.abs().square()) / n, each)
+
+    w = matching._reals(way)
+    size = matching._reals((1 + 9 * half * way.abs().square()).to(kind) * (1 + 1j if kind.is_complex else 1))
+    correlation = (torch.eye(len(w)) + 9 * torch.outer(w, w)) / (size[:, None] * size).sqrt()
+    values, vectors = torch.linalg.eigh(correlation)
+    assert abs(component @ vectors[:, -1]) > 0.98 and float(component.norm()) == pytest.approx(1)
+    assert float(excess) == pytest.approx(1 - 1 / float(values[-1]), abs=0.02)
+
+
 def test_fitted_moments_are_a_better_start_than_the_spectrum_and_centred(sets):
     clean, degraded, k = sets
     start = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
