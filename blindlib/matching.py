@@ -827,6 +827,7 @@ class FieldMoments:
         self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
         check_noise(noise_std, optional=True)
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std)
+        self.cells = {}  # what was measured in each stays as it is from sweep to sweep
 
     def retrieved(self) -> Tensor:
         """Each cell's :func:`retrieved_kernel`, as if it were blurred uniformly: (1, rows, columns, 1, K, K)."""
@@ -873,8 +874,12 @@ class FieldMoments:
 
     def _moments(self, cell: tuple[int, int], psfs: Tensor) -> Moments:
         blur = _OnePSF(psfs, cell, [(*corner, *self.field) for corner in self._corners(cell)])
-        moments = Moments(self.clean, self._tiles(cell), blur, **self.options)
-        moments.noise_std = self.noise_std.to(moments.noise_std)
+        if cell not in self.cells:
+            self.cells[cell] = new = Moments(self.clean, self._tiles(cell), blur, **self.options)
+            first = next(iter(self.cells.values()))
+            new.scenes, new.noise = first.scenes, first.noise  # the same in all cells
+        moments = copy.copy(self.cells[cell])
+        moments.operator, moments.noise_std = blur, self.noise_std.to(moments.noise_std)
         return moments
 
 
