@@ -196,20 +196,25 @@ def test_a_phase_that_makes_it_a_kernel_and_the_right_way_round(sets):
 # ------------------------------------------------------------------------------------------------------ moments
 
 
-def test_moments_are_within_their_error_bars_for_the_truth_alone(sets):
+@pytest.fixture(scope="module")
+def larger_sets():
+    return made_sets(300, 80)
+
+
+def test_moments_are_within_their_error_bars_for_the_truth_alone(larger_sets):
     """The deviation is a chi-square a degree of freedom; only the higher ones see which way round a kernel is."""
-    clean, degraded, k = sets
+    clean, degraded, k = larger_sets
     moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
     right, turned, flat = (moments(one) for one in (k, k.flip(-2, -1), FLAT))
     assert ((right > 0.5) & (right < 1.4)).all(), right
-    assert flat.min() > 2
+    assert flat.min() > 3
     assert turned[0] == pytest.approx(float(right[0]), rel=0.1) and turned[1:].min() > right[1:].max() + 0.15
 
 
-def test_the_deviation_grows_with_the_number_of_images_if_and_only_if_the_kernel_is_wrong(sets):
-    clean, degraded, k = sets
-    few, all = (Moments(clean[:n], degraded[: 4 * n], noise_std=0.02, kernel_size=7) for n in (10, 37))
-    assert (all(FLAT) - 1 > 1.5 * (few(FLAT) - 1)).all() and (all(k) < 1.4).all() and (few(k) < 1.4).all()
+def test_the_deviation_grows_with_the_number_of_images_if_and_only_if_the_kernel_is_wrong(larger_sets):
+    clean, degraded, k = larger_sets
+    few, all = (Moments(clean[:n], degraded[: 4 * n], noise_std=0.02, kernel_size=7) for n in (20, 75))
+    assert (all(FLAT) > 1.5 * few(FLAT)).all() and (all(k) < 1.4).all() and (few(k) < 1.4).all()
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
@@ -221,10 +226,11 @@ def test_the_direction_in_which_tiles_differ_most_is_found_and_by_how_much(kind,
     way /= way.abs().square().sum().sqrt()
     factor = 3 * half**0.5 * torch.randn(n, 1, 1, generator=g, dtype=torch.float64)
     each = torch.randn(n, *way.shape, generator=g, dtype=kind) + factor * way
-    component, excess = matching._component((1 + 9 * half * way.abs().square()) / n, each)
+    variance = 1 + 9 * half * way.abs().square()
+    component, excess = matching._component(variance / n, each)
 
     w = matching._reals(way)
-    size = matching._reals((1 + 9 * half * way.abs().square()).to(kind) * (1 + 1j if kind.is_complex else 1))
+    size = matching._reals(variance * (1 + 1j) if kind.is_complex else variance)
     correlation = (torch.eye(len(w)) + 9 * torch.outer(w, w)) / (size[:, None] * size).sqrt()
     values, vectors = torch.linalg.eigh(correlation)
     assert abs(component @ vectors[:, -1]) > 0.98 and float(component.norm()) == pytest.approx(1)
@@ -269,9 +275,9 @@ ROLLED = shaken_psfs((2, 2), 7, extent=(0.9, 0.9), roll=1.2, seed=3)
 
 @pytest.fixture(scope="module")
 def field_sets():
-    y = SpaceVaryingBlur("valid")(dead_leaves(150, 52, seed=1)[..., :46, :].mean(1, keepdim=True), ROLLED)
+    y = SpaceVaryingBlur("valid")(dead_leaves(400, 52, seed=1)[..., :46, :].mean(1, keepdim=True), ROLLED)
     y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    return dead_leaves(40, 46, seed=3).mean(1, keepdim=True), y
+    return dead_leaves(120, 46, seed=3).mean(1, keepdim=True), y
 
 
 def likeness(a, b):
@@ -308,13 +314,13 @@ def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(fie
     means = {name: float(likeness(f, ROLLED).mean()) for name, f in (("one", one), ("alone", alone), ("found", found))}
     assert means["found"] > max(0.9, means["one"] + 0.05, means["alone"] + 0.02), means
     torch.testing.assert_close(found.sum((-2, -1)), torch.ones(1, 2, 2, 1))
-    assert moments(found).max() < 1.3 < moments(one).max() and moments(ROLLED).max() < 1.3
+    assert moments(found).max() < 1.3 < moments(one).min() and moments(ROLLED).max() < 1.3
 
 
 def test_the_noise_of_a_field_is_found_too(field_sets):
     moments = FieldMoments(*field_sets, (1, 2), noise_std=None, kernel_size=7)
     moments.fit(ROLLED.mean(1, keepdim=True), sweeps=2, steps=15)
-    assert float(moments.noise_std) == pytest.approx(0.01, rel=0.35)
+    assert float(moments.noise_std) == pytest.approx(0.01, rel=0.25)
     assert moments(ROLLED.mean(1, keepdim=True)).max() < 2
 
 
@@ -461,11 +467,15 @@ def test_a_deep_kernel_has_its_size():
 
 @pytest.fixture(scope="module")
 def sets():
+    return made_sets(150, 40)
+
+
+def made_sets(degraded, clean):
     """Degraded and other, clean scenes, and the kernel between them."""
     k = motion_kernels(1, 7, extent=(0.7, 0.9), seed=8)
-    y = Blur("valid")(dead_leaves(150, 46, seed=1), k)
+    y = Blur("valid")(dead_leaves(degraded, 46, seed=1), k)
     y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    return dead_leaves(40, 46, seed=3), y, k
+    return dead_leaves(clean, 46, seed=3), y, k
 
 
 def test_it_learns_a_kernel_from_unpaired_images(sets):
