@@ -37,6 +37,7 @@ class NoiseSchedule:
             raise ValueError(f"betas: expected a 1-D tensor of values in (0, 1), got shape {tuple(betas.shape)}")
         self.betas = betas
         self.alpha_bars = torch.cumprod(1 - betas, dim=0)
+        self._sigmas = (1 / self.alpha_bars - 1).sqrt()
 
     @classmethod
     def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> NoiseSchedule:
@@ -107,7 +108,7 @@ class NoiseSchedule:
 
     def time(self, sigma: float) -> int:
         """The time whose :meth:`sigma` lies nearest."""
-        return int(((1 / self.alpha_bars - 1).sqrt() - sigma).abs().argmin())
+        return int((self._sigmas - sigma).abs().argmin())
 
     def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of ``x0`` (B, ...) at the times ``t`` (B,) with standard normal ``noise`` (DDPM eq. 4)."""
