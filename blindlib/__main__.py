@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -117,10 +118,13 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--device", default="auto")
         command.add_argument("--quiet", action="store_true")
     a = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may have letters that the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         done = a.run(a)
-    except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
-        print(f"blindlib: {error}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, ArithmeticError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"blindlib: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("blindlib: stopped", file=sys.stderr)
@@ -176,9 +180,12 @@ def _options(a: argparse.Namespace) -> dict:
             raise ValueError("max-size: the operator is of the photograph's full size, so is the work; leave it out")
         if search:
             raise ValueError(f"{', '.join(search)}: for the search of a kernel, the operator is known; leave it out")
-        chosen["kernel"], learned_of = load_operator(a.operator)
-        if chosen.setdefault("response", learned_of) != learned_of:
-            raise ValueError(f"response: {a.operator} was learned with {learned_of}, got {a.response}; leave it out")
+        learned = load_operator(a.operator)
+        if a.response not in (None, learned["response"]):
+            raise ValueError(
+                f"response: {a.operator} was learned with {learned['response']}, got {a.response}; leave it out"
+            )
+        chosen |= learned
     max_size = 1024 if a.max_size is None else a.max_size
     return dict(noise_std=a.noise_std, max_size=max_size or None, seed=a.seed, device=a.device, **search, **chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
@@ -42,6 +43,17 @@ SHARP = 0.9
 # Error over the spread of posterior samples (`expected_error`), the kernel known or found: of the benchmark's images of
 # seed 2030, circular, noise_std 0.02. `tests/calibration.py` measures on other seeds how well they hold.
 KNOWN, FOUND = 1.5, 2.5
+
+# How to turn a picture upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # To be written: those that keep every pixel and any size.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -92,6 +104,7 @@ def deblur(
     photo: Photo,
     *,
     kernel: Tensor | None = None,
+    field: tuple[int, int] | None = None,
     rounds: int = ROUNDS,
     starts: int = 1,
     samples: int = 1,
@@ -122,6 +135,8 @@ def deblur(
     kernel : Tensor, shape (1, 1, K, K), optional
         The kernel, if it is known; or a grid of PSFs, (1, rows, columns, 1 or 3, K, K). Nothing is sought then, and
         ``rounds``, ``starts``, ``samples`` and ``crop`` are of no use.
+    field : (int, int), optional
+        Height and width of the photographs that PSFs are of; a photo of another size, such as one on end, is refused.
     rounds : int
         Of EM, each a short run of the image's diffusion and an M-step; see :func:`find_kernels`.
     starts : int
@@ -137,7 +152,8 @@ def deblur(
         (:class:`~blindlib.operators.LinearLight`), as in photographs. ``"linear"``: the values themselves were blurred,
         as in most simulations. Default: ``"srgb"``; of a tensor, which comes from a simulation, ``"linear"``.
     noise_std : float, optional
-        Of the photograph's noise, on the [-1, 1] scale; estimated when not given.
+        Of the noise at the size that is worked at, on the [-1, 1] scale (scaling down makes it less); estimated when
+        not given.
     max_size : int, optional
         A photograph whose longer side has more pixels is scaled down to it first, and a line says so. ``None``: never;
         nor where the kernel is known, which is that of the photograph's own size.
@@ -178,6 +194,7 @@ def deblur(
         check_priors(priors, "image", *(["kernel"] if kernel is None else []))
     if kernel is not None:
         _check_known(kernel)
+        kernel = kernel.float()
     device = pick_device(device)
     priors = priors or {"image": load_prior(prior), "kernel": load_prior("kernel")}
     for one in priors.values():
@@ -187,6 +204,10 @@ def deblur(
     blur = linear if response == "linear" else LinearLight(linear)
 
     y = read_image(photo)
+    if field is not None and kernel is not None and kernel.ndim == 6 and tuple(y.shape[-2:]) != tuple(field):
+        raise ValueError(
+            f"photo: has {y.shape[-1]}x{y.shape[-2]} pixels, but the PSFs are of photographs of {field[1]}x{field[0]}"
+        )
     scale = 1.0
     if kernel is None and max_size is not None and max(y.shape[-2:]) > max_size:
         scale = max_size / max(y.shape[-2:])
@@ -265,7 +286,7 @@ def deblur_folder(
     say : callable
         Is told, in a line, of every photograph that is finished.
     **options
-        Of :func:`deblur`, the same for each, ``seed`` too.
+        Of :func:`deblur`, the same for each, ``seed`` too; ``progress`` is not shown.
 
     Returns
     -------
@@ -274,6 +295,8 @@ def deblur_folder(
 
     Raises
     ------
+    TypeError
+        If :func:`deblur` has no such option.
     ValueError
         If there is nothing in the folder, ``out`` is the same one, two photographs would get one name in it, or the
         errors to be expected are asked for.
@@ -295,6 +318,8 @@ def deblur_folder(
     photos = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     if not photos:
         raise ValueError(f"folder: there is no photograph in {str(folder)!r}")
+    options["progress"] = False
+    inspect.signature(deblur).bind(photos[0], **options)  # an option that it has not is no photograph's fault
     sharp: dict[Path, Path] = {}
     for photo in photos:
         try:
@@ -324,9 +349,9 @@ def _deblur_file(files: tuple[Path, Path], options: dict) -> tuple[Path, Path, f
     began, error = time.perf_counter(), None
     try:
         if not files[1].exists():  # or a worker that has died since had finished it
-            deblur(files[0], progress=False, **options).save(files[1])
-    except (OSError, ValueError, TypeError, ArithmeticError) as e:
-        error = str(e)
+            deblur(files[0], **options).save(files[1])
+    except (OSError, ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as e:
+        error = str(e) or type(e).__name__
     return *files, time.perf_counter() - began, error
 
 
@@ -508,6 +533,7 @@ def find_kernels(
     tuple of Tensor, shapes (starts, 1, K, K) and (starts,)
         The best first, and what each leaves unexplained.
     """
+    noise_std = max(noise_std, 1e-3)  # without any, the measurement would weigh infinitely much
     window = priors["kernel"].shape[1]
     response = "srgb" if isinstance(blur, LinearLight) else "linear"
     if blur.boundary not in EM_BOUNDARIES:  # what is far enough from the edges is as if the sensor saw no more
@@ -597,9 +623,11 @@ def read_image(photo: Photo) -> Tensor:
         try:
             with Image.open(photo) as opened:
                 opened.load()
-                photo = _in_srgb(ImageOps.exif_transpose(opened))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({error})") from None
+                turn = UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
+                photo = _in_srgb(opened if turn is None else opened.transpose(turn))
+        except Exception as error:  # of damaged files Pillow raises a dozen kinds
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({reason})") from None
     if isinstance(photo, Image.Image):
         if photo.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
             photo = np.asarray(photo).astype(np.float32) / (65535 if photo.mode != "F" else 1)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -208,6 +209,8 @@ class Learned:
         the images show. After two such rows in a row the run ends, and if the last is one, ``kernel`` is the start.
     seconds : float
         Of the operator steps, those of earlier sessions included.
+    field : (int, int), optional
+        Height and width of the degraded images, where the blur varies over them: what the PSFs are of.
     """
 
     kernel: Tensor
@@ -217,6 +220,7 @@ class Learned:
     history: dict[str, Tensor]
     deviation: Tensor
     seconds: float
+    field: tuple[int, int] | None = None
 
     @property
     def psfs(self) -> Tensor:
@@ -229,14 +233,18 @@ class Learned:
         It does not read a :class:`~blindlib.operators.Downsample`, which ``deblur`` could not undo. ``response``
         says of what the images were that it was learned from: values, or (``"srgb"``) the light that they stand for.
         """
-        about = dict(operator=repr(self.operator), note=note, response=response)
+        about = dict(operator=repr(self.operator), note=note, response=response, field=self.field)
         write_checkpoint(path, about, {"kernel": self.kernel})
 
 
-def load_operator(path: str | Path) -> tuple[Tensor, str]:
-    """The kernel (1, 1, K, K) or PSFs (1, rows, columns, 1 or 3, K, K) of a file that :meth:`Learned.save` wrote.
+def load_operator(path: str | Path) -> dict[str, object]:
+    """The operator in a file that :meth:`Learned.save` wrote, as options of :func:`~blindlib.deblur`.
 
-    With the response, ``"linear"`` or ``"srgb"``: whether it blurs values or light.
+    Returns
+    -------
+    dict
+        ``kernel``: Tensor (1, 1, K, K), or PSFs (1, rows, columns, 1 or 3, K, K); ``response``: ``"linear"`` or
+        ``"srgb"``, whether it blurs values or light; ``field``: (height, width) of what PSFs are of, or None.
 
     Raises
     ------
@@ -255,7 +263,8 @@ def load_operator(path: str | Path) -> tuple[Tensor, str]:
     ranks = {repr(Blur("valid")): 4, repr(SpaceVaryingBlur("valid")): 6}
     if about is None or kernel is None or kernel.ndim != ranks.get(about.get("operator")):
         raise ValueError(f"operator: {str(path)!r} holds no blur; make one with learn-operator")
-    return kernel, about.get("response", "linear")
+    field = about.get("field")
+    return dict(kernel=kernel, response=about.get("response", "linear"), field=field and tuple(field))
 
 
 def fit_flow(
@@ -453,21 +462,28 @@ def learn_operator(
         raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
     team = Team(device)
     device = team.device
-    about = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
+    common = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
     field = _field(ys) if varying else None
     if varying:
-        moments = FieldMoments(xs, ys, grid, **about, device=device)
+        moments = FieldMoments(xs, ys, grid, **common, device=device)
     else:
-        moments = Moments(xs, ys, operator, **about, device=device)
+        moments = Moments(xs, ys, operator, **common, device=device)
+    about = common | dict(clean=_fingerprint(xs), degraded=_fingerprint(ys))
+    about |= dict(operator=repr(operator), grid=tuple(map(int, grid)) if varying else None)
+    given = None if start is None else _fingerprint(start)
     if start is None:
-        if varying:
-            guess = moments.retrieved()
-        elif blind:
-            guess = retrieved_kernel(xs, ys, **about | {"noise_std": noise_std or 0.0})
-        else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
-            guess = _blot(kernel_size)
-        start = team.agreed(moments.fit(guess))
-        moments.noise_std = team.agreed(moments.noise_std)
+        # Saved, as it takes minutes, and with another machine's rounding it would be another start.
+        first = _Run(folder, "start", about, {}, team)
+        for _ in first.steps(1, "fitting moments", False):
+            if varying:
+                guess = moments.retrieved()
+            elif blind:
+                guess = retrieved_kernel(xs, ys, **common | {"noise_std": noise_std or 0.0})
+            else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
+                guess = _blot(kernel_size)
+            fitted = moments.fit(guess)
+            first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
+        start, moments.noise_std = first.kept["kernel"][0], first.kept["noise_std"][0].to(moments.noise_std)
     noise_std = float(moments.noise_std)
     shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
     if start.shape != shape:
@@ -476,8 +492,8 @@ def learn_operator(
     if model().shape != shape:
         raise ValueError(f"parameters: expected such as give a kernel of shape {shape}, got {tuple(model().shape)}")
     if flow is None:
-        common = dict(seed=seed, folder=folder, device=device, progress=progress)
-        flow = fit_flow(ys, patch=patch, positions=varying, **common)
+        shared = dict(seed=seed, folder=folder, device=device, progress=progress)
+        flow = fit_flow(ys, patch=patch, positions=varying, **shared)
     channels = len(ys[0]) + 2 * varying
     if flow.in_channels != channels:
         raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
@@ -492,8 +508,7 @@ def learn_operator(
     follower = torch.optim.Adam([p for net in learning for p in net.parameters()], lr=flow_rate)
     parts = dict(kernel=model, nets=nets, optimizer=optimizer, follower=follower)
     about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact, frozen=frozen)
-    about |= dict(learning_rate=learning_rate, patch=patch, operator=repr(operator), start=_fingerprint(start))
-    about |= dict(flow=_fingerprint(flow.parameters()), clean=_fingerprint(xs), degraded=_fingerprint(ys))
+    about |= dict(learning_rate=learning_rate, patch=patch, start=given, flow=_fingerprint(flow.parameters()))
     run = _Run(folder, "operator", about, parts, team)
     deviation = team.agreed(moments(start.cpu()).cpu())
     checks = run.kept.setdefault("deviation", [])
@@ -549,7 +564,7 @@ def learn_operator(
     found = start.cpu() if astray(checks[-1]) else simplex(model().detach()).cpu()
     history = run.stacked()
     deviation = torch.stack([deviation, *history.pop("deviation")])
-    return Learned(found, operator, noise_std, flow, history, deviation, run.seconds)
+    return Learned(found, operator, noise_std, flow, history, deviation, run.seconds, field)
 
 
 def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel_size: int) -> Tensor:
@@ -623,8 +638,8 @@ def retrieved_kernel(
         x = torch.where(inside & (wanted > 0), wanted, x - 0.9 * wanted if explore else torch.zeros(()))
     error = (torch.fft.rfft2(x).abs() - magnitude).square().sum((1, 2))
     near = x[error.argsort()[: starts // 2], :k, :k][:, None].clamp(min=0) + 1e-12
-    near = recentred(near / near.sum((2, 3), keepdim=True))
-    candidates = torch.cat([near, near.flip(-2, -1)])
+    near = near / near.sum((2, 3), keepdim=True)
+    candidates = recentred(torch.cat([near, near.flip(-2, -1)]))  # turned, one of even size has another centre
     images = [y[:, : 8 * k, : 8 * k] for y in _checked("degraded", degraded, side)[:100]]
     edges = torch.stack([sum(_edges(y, one) for y in images) for one in candidates])
     return candidates[edges.argmin()][None]
@@ -846,14 +861,15 @@ class FieldMoments:
     ) -> Tensor:
         """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
         psfs, levels = simplex(Threshold(0.1)(start, 0)), []
+        g = torch.Generator().manual_seed(self.options["seed"])
         for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
             moments = self._moments(cell, psfs)
             # Held all the way: between PSFs of which each lies where it likes, none can be interpolated.
             psf = _centred(psfs[:, *cell].to(moments.scenes))
-            psfs[:, *cell] = moments._descend(psf, steps, learning_rate, hold=10.0).to(psfs)
+            psfs[:, *cell] = moments._descend(psf, steps, learning_rate, 10.0, g).to(psfs)
             levels.append(moments.noise_std.cpu())
             self.noise_std = torch.stack(levels[-len(self._cells()) :]).median()
-        return psfs
+        return bare(psfs)
 
     def _cells(self) -> list[tuple[int, int]]:
         return list(itertools.product(*map(range, self.grid)))
@@ -1021,7 +1037,9 @@ class _Run:
     """The loop of a run: its steps, what it records, and, in a folder, its state, from which it can go on."""
 
     def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, team: Team) -> None:
-        self.name, self.about, self.parts, self.team = name, about, parts, team
+        self.name, self.parts, self.team = name, parts, team
+        # As plain numbers: what holds NumPy's, torch.load does not trust.
+        self.about = about = {k: v.item() if isinstance(v, np.generic) else v for k, v in about.items()}
         self.done, self.seconds, self.ended = 0, 0.0, False
         self.kept: dict[str, list] = {}
         self.sums: dict[str, list] = {}

@@ -297,8 +297,8 @@ def train(
         losses.clear()
         state = dict(name=name, net=_plain(net.config), step=step, seconds=history[-1][1], history=history)
         state.update(weights=net.state_dict(), mean=mean.state_dict(), optimizer=optimizer.state_dict())
-        save_whole(state, state_file)
         task.save(folder / f"{name}.safetensors", card(history, task.levels))
+        save_whole(state, state_file)  # the last: after it nothing is missing
         report(task, history, folder)
         shown = " ".join(f"{v:.2f}" for v in history[-1][3:])
         progress(f"step {step}/{steps} {history[-1][1] / 3600:.2f} h loss {history[-1][2]:.5f} dB {shown}")

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from blindlib.baselines import no_blur
-from blindlib.checks import check_counts, check_priors
+from blindlib.checks import check_counts, check_noise, check_priors
 from blindlib.deblur import ROUNDS, estimate_noise, find_kernels
 from blindlib.operators import Blur, Turbulence
 from blindlib.priors import DiffusionPrior
@@ -129,6 +129,7 @@ def mitigate(
     if boundary == "valid":
         raise ValueError("boundary: expected 'circular', 'zero' or 'reflect', got 'valid'")
     check_counts(rounds=rounds, samples=samples)
+    check_noise(noise_std, optional=True)
     check_priors(priors, "image", "kernel")
     operator, blur = Turbulence(boundary, frames=y.shape[1]), Blur(boundary)
     noise_std = estimate_noise(y.flatten(0, 1)) if noise_std is None else noise_std

@@ -1,4 +1,6 @@
+import io
 import re
+import struct
 import sys
 from functools import partial
 from pathlib import Path
@@ -78,6 +80,20 @@ def test_every_kind_of_picture_reads_alike(tmp_path):
         torch.testing.assert_close(read_image(photo), ref, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("more", [b"", struct.pack("<HHI4s", 0x100, 2, 4, b"640\0")], ids=["right", "width no number"])
+def test_pictures_are_turned_upright_whatever_else_exif_says(orientation, more, tmp_path):
+    x = (255 * np.random.default_rng(0).random((8, 16, 3))).astype(np.uint8)
+    entries = struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0) + more
+    tags = struct.pack("<H", len(entries) // 12) + entries + bytes(4)
+    Image.fromarray(x).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags)
+    upright = {
+        1: x, 2: x[:, ::-1], 3: x[::-1, ::-1], 4: x[::-1],
+        5: x.swapaxes(0, 1), 6: x.swapaxes(0, 1)[:, ::-1], 7: x[::-1, ::-1].swapaxes(0, 1), 8: x.swapaxes(0, 1)[::-1],
+    }[orientation]  # fmt: skip
+    assert torch.equal(read_image(tmp_path / "a.png"), read_image(upright.copy()))
+
+
 def test_grey_palette_sixteen_bits_and_transparency(tmp_path):
     grey = np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5)
     ref = torch.from_numpy(grey / 127.5 - 1).float().expand(1, 3, 5, 5)
@@ -123,6 +139,18 @@ def test_a_file_that_is_no_picture(tmp_path):
     (tmp_path / "x.jpg").write_text("not a picture")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         deblur(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("odd"), RuntimeError("odd"), MemoryError(), KeyError("odd")])
+def test_whatever_reading_raises_is_of_that_file(error, tmp_path, monkeypatch):
+    write_image(torch.zeros(1, 3, 8, 8), tmp_path / "a.png")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(ValueError, match=r"a.png' cannot be read as an image \((.*odd|MemoryError)"):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_photo_too_small(tmp_path):
@@ -431,6 +459,26 @@ def test_a_kernel_that_is_none(kernel):
         deblur(np.zeros((64, 64, 3)), kernel=kernel, progress=False)
 
 
+def test_a_kernel_of_doubles(blurred):
+    y, k = blurred[0], blurred[1]
+    run = partial(deblur, y[..., :40, :40], progress=False)
+    assert torch.equal(run(kernel=k.double()).image, run(kernel=k).image)
+
+
+def test_psfs_are_of_photographs_of_one_size():
+    psfs = no_blur(1, 3)[:, None, None].expand(1, 2, 3, 1, 3, 3)
+    field, upright = dict(kernel=psfs, field=(24, 40), progress=False), np.zeros((40, 24, 3))
+    with pytest.raises(ValueError, match="photo: has 24x40 pixels, but the PSFs are of photographs of 40x24"):
+        deblur(upright, **field)
+    assert deblur(upright.swapaxes(0, 1), **field).image.shape == (1, 3, 24, 40)
+    assert deblur(upright, **{**field, "kernel": no_blur(1, 3)}).image.shape == (1, 3, 40, 24)
+
+
+def test_without_noise(blurred):
+    found = deblur(blurred[0], boundary="valid", noise_std=0, rounds=1, progress=False)
+    assert torch.isfinite(found.image).all()
+
+
 def test_priors_that_are_missing():
     with pytest.raises(ValueError, match="priors: none for kernel"):
         deblur(np.zeros((64, 64, 3)), priors={"image": load_prior("image")}, progress=False)
@@ -613,6 +661,25 @@ def test_folders_that_will_not_do(album, monkeypatch, command, message, capsys):
 def test_errors_are_of_one_photograph(album):
     with pytest.raises(ValueError, match="error: of a folder only"):
         deblur_folder(album[0], album[0].parent / "out", error=True)
+
+
+def test_an_option_that_there_is_not_is_no_photographs_fault(tmp_path):
+    (tmp_path / "photos").mkdir()
+    write_image(torch.zeros(1, 3, 8, 8), tmp_path / "photos" / "a.png")
+    with pytest.raises(TypeError, match="'round'"):
+        deblur_folder(tmp_path / "photos", tmp_path / "out", round=3)
+    failed = deblur_folder(tmp_path / "photos", tmp_path / "out", kernel=no_blur(1, 3), progress=True, say=lambda _: 0)
+    assert failed == {} and (tmp_path / "out" / "a.png").is_file()
+
+
+def test_names_that_the_terminal_cannot_show(album, monkeypatch):
+    folder, calls = album
+    (folder / "a.png").rename(folder / "\u0416.png")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["deblur", str(folder), "--out", str(folder.parent / "out")]) == 0
+    shown.flush()
+    assert b"\\u0416.png: 0 s" in shown.buffer.getvalue() and len(calls) == 4
 
 
 def test_two_photographs_of_one_name_are_refused(album, capsys):

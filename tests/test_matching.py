@@ -362,7 +362,8 @@ def test_learning_a_grid_of_psfs(field_sets, tmp_path):
     found = learn_operator(clean, degraded, blur, start=ROLLED, truth=ROLLED, **common)
     assert found.kernel.shape == ROLLED.shape and found.history["mnc"][-1] > 0.95 and found.deviation.shape == (2, 3)
     found.save(tmp_path / "field.safetensors")
-    assert torch.equal(load_operator(tmp_path / "field.safetensors")[0], found.psfs)
+    saved = load_operator(tmp_path / "field.safetensors")
+    assert torch.equal(saved["kernel"], found.psfs) and saved["field"] == tuple(degraded.shape[2:])
     with pytest.raises(ValueError, match="start: expected shape \\(1, 2, 2, 1, 7, 7\\)"):
         learn_operator(clean, degraded, blur, start=FLAT, **common)
     with pytest.raises(ValueError, match="degraded: a blur that varies over the field needs images of one size"):
@@ -577,6 +578,35 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
         fit_flow(degraded, patch=8, steps=5, batch=4, net=TINY, folder=tmp_path / "b")
 
 
+def test_a_run_saves_the_start_that_it_has_fitted(sets, tmp_path, monkeypatch):
+    """Killed after it, or moved to another machine, the run goes on from the same one; of other sets it does not."""
+    clean, degraded, _ = sets
+    flow = fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
+    fits, real = [], Moments.fit
+
+    def fit(*args, **options):
+        found = real(*args, **options | dict(steps=4))
+        fits.append(found + 1e-3 * len(fits))  # no two machines alike
+        return found if len(fits) == 1 else fits[-1] / fits[-1].sum()
+
+    monkeypatch.setattr(Moments, "fit", fit)
+    run = dict(noise_std=None, kernel_size=7, patch=8, batch=4, flow=flow, folder=tmp_path)
+    first = learn_operator(clean, degraded, **run, steps=1)
+    (tmp_path / "operator.pt").unlink()
+    again = learn_operator(clean, degraded, **run, steps=1)
+    assert len(fits) == 1 and torch.equal(again.kernel, first.kernel) and again.noise_std == first.noise_std
+    assert learn_operator(clean, degraded, **run, steps=2).kernel.shape == (1, 1, 7, 7) and len(fits) == 1
+    with pytest.raises(ValueError, match=r"start.pt is of another run, whose degraded differed"):
+        learn_operator(clean, degraded[1:], **run, steps=2)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_settings_that_are_numpys_are_resumed_too(kind, sets, tmp_path):
+    run = dict(patch=8, steps=1, batch=np.int64(4), net=TINY, learning_rate=kind(1e-3), folder=tmp_path)
+    first, again = (fit_flow(sets[1], **run) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 def test_a_run_that_goes_on_elsewhere_keeps_its_records_on_the_cpu(tmp_path, monkeypatch):
     """And the state of its parts where their parameters are; "meta" stands in for a GPU."""
@@ -703,8 +733,14 @@ def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     assert said.count("skipped: ") == 4 and "small.png' has 46x12 pixels, 38x38 are needed" in said
     assert "notes.txt' cannot be read as an image" in said
     assert "3 clean and 3 degraded photographs\ngrey: noise 0.0" in said
-    kernel, response = load_operator(folders / "operator.safetensors")
-    assert response == "srgb" and kernel.shape == (1, 1, 7, 7) and kernel.sum() == pytest.approx(1, abs=1e-5)
+    saved = load_operator(folders / "operator.safetensors")
+    kernel = saved["kernel"]
+    assert (
+        saved["response"] == "srgb"
+        and saved["field"] is None
+        and kernel.shape == (1, 1, 7, 7)
+        and kernel.sum() == pytest.approx(1, abs=1e-5)
+    )
     assert (folders / "kernel.png").is_file()
 
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
@@ -732,8 +768,9 @@ def test_an_operators_file_says_what_it_blurs(folders, response, monkeypatch, ca
     x = (to_light(x) if response == "srgb" else x)[0].mean(0, keepdim=True)
     torch.testing.assert_close(shown[0], x)
     found = folders / "operator.safetensors"
-    kernel, learned_of = load_operator(found)
-    assert learned_of == response
+    saved = load_operator(found)
+    kernel = saved["kernel"]
+    assert saved["response"] == response
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
     assert main(["deblur", str(photo), "--operator", str(found), "--out", str(sharp)]) == 0
     expected = deblur(photo, kernel=kernel, response=response, progress=False).image
@@ -749,12 +786,15 @@ def test_a_grid_from_two_folders(folders, capsys):
     assert main(arguments(folders, "--grid", "1x2", "--kernel-out", folders / "psfs.png")) == 0
     said = capsys.readouterr().out
     assert "skipped: 1 photographs that are not 40x40 pixels" in said and "4 clean and 3 degraded" not in said
-    psfs, _ = load_operator(folders / "operator.safetensors")
+    psfs = load_operator(folders / "operator.safetensors")["kernel"]
     assert psfs.shape == (1, 1, 2, 1, 7, 7) and read_image(folders / "psfs.png").shape == (1, 3, 7, 14)
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
     assert main(["deblur", str(photo), "--operator", str(folders / "operator.safetensors"), "--out", str(sharp)]) == 0
     expected = deblur(photo, kernel=psfs, progress=False).image
     torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
+    other = ["deblur", str(folders / "degraded" / "b.jpg"), "--operator", str(folders / "operator.safetensors")]
+    assert main([*other, "--out", str(sharp)]) == 2
+    assert "photo: has 38x40 pixels, but the PSFs are of photographs of 40x40" in capsys.readouterr().err
 
 
 def test_each_colour_of_a_lens_by_itself(folders, monkeypatch):
@@ -766,7 +806,7 @@ def test_each_colour_of_a_lens_by_itself(folders, monkeypatch):
     light = to_light(read_image(folders / "degraded" / "a.png"))[0]
     for c, ((_, ys), _) in enumerate(runs):
         torch.testing.assert_close(ys[0], light[c : c + 1])
-    psfs, _ = load_operator(folders / "operator.safetensors")
+    psfs = load_operator(folders / "operator.safetensors")["kernel"]
     torch.testing.assert_close(psfs, mirrored(torch.cat([run.psfs for _, run in runs], 3)))
     assert psfs.shape == (1, 1, 2, 3, 7, 7) and read_image(folders / "k.png").shape == (1, 3, 7, 14)
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
@@ -781,7 +821,7 @@ def test_the_same_command_goes_on(folders, monkeypatch):
     assert main(arguments(folders, "--quiet")) == 0
     first = (folders / "operator.safetensors").read_bytes()
     assert main(arguments(folders, "--quiet")) == 0
-    assert saves == ["flow.pt", "operator.pt"], "what was done was done again"
+    assert saves == ["flow.pt", "start.pt", "operator.pt"], "what was done was done again"
     assert (folders / "operator.safetensors").read_bytes() == first
 
 
@@ -805,13 +845,13 @@ def test_several_processes_learn_one_operator_together(folders, two_processes):
         "sys.exit(command.main(sys.argv[1:]))\n"
     )
     said = two_processes(script, *arguments(folders)).splitlines()
-    assert [line for line in said if "saved" in line] == ["saved flow.pt 0", "saved operator.pt 0"]
+    assert [line for line in said if "saved" in line] == ["saved flow.pt 0", "saved start.pt 0", "saved operator.pt 0"]
     for once in ("3 clean and 3 degraded", "safetensors: done"):
         assert sum(once in line for line in said) == 1
     (kernel, flow, history), others = (torch.load(folders / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(kernel, others[0]) and torch.equal(flow, others[1])
     assert all(torch.equal(history[key], others[2][key]) for key in ("gap", "kernel"))
-    assert torch.equal(load_operator(folders / "operator.safetensors")[0], kernel)
+    assert torch.equal(load_operator(folders / "operator.safetensors")["kernel"], kernel)
 
     alone = ["--folder", folders / "alone", "--out", folders / "alone.safetensors"]
     assert main(arguments(folders, "--quiet", *alone)) == 0

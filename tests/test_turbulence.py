@@ -55,6 +55,11 @@ def test_mitigate_returns_image_kernel_and_tilts(video):
     assert run.residual < 0.1
 
 
+def test_noise_that_mitigate_does_not_take_is_refused_before_the_work():
+    with pytest.raises(ValueError, match="noise_std: expected"):
+        mitigate(torch.zeros(1, 4, 3, 32, 32), {}, noise_std=5)
+
+
 @pytest.mark.parametrize(
     "shape, boundary, message",
     [
