@@ -167,6 +167,16 @@ class DeepLinear(nn.Module):
             optimizer.step()
 
 
+def bare(kernel: Tensor) -> Tensor:
+    """Kernels (..., K, L) of sum one without what is fainter than a fiftieth of their peak.
+
+    A tenth of a fitted kernel may be haze all over its window. Few low frequencies show it, so it hardly changes what
+    is simulated; but it takes as much from all others, which a restoration then makes too strong.
+    """
+    kernel = Threshold(0.02)(kernel, 0)
+    return kernel / kernel.sum((-2, -1), keepdim=True)
+
+
 def off_centre(kernel: Tensor) -> Tensor:
     """Squared distance, in pixels, of the centre of mass of kernels (..., K, L) from pixel ``K // 2``; shape (...)."""
     y, x = _offsets(kernel)
@@ -691,39 +701,43 @@ class Moments:
         g = torch.Generator().manual_seed(seed)
         device = pick_device(device)
         x = _tiles(xs, factor * side + grow, 400, g).to(device)
-        self.scenes = torch.cat([x, x.flip(-1)])
-        self.noise = torch.randn(*self.scenes.shape[:2], side, side, generator=g).to(device)
+        self.scenes, self.seed = torch.cat([x, x.flip(-1)]), seed
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=device)
         moments = self._moments(_tiles(ys, side, 1000, g).to(device))
         self.measured = [(value, variance, *_component(variance, each)) for value, variance, each in moments]
 
-    def __call__(self, kernel: Tensor) -> Tensor:
+    def __call__(self, kernel: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared deviation in units of its variance, (3,), of images simulated with ``kernel`` (1, 1, K, K).
 
-        Of the power spectrum, then of each cross-spectrum; differentiable.
+        Of the power spectrum, then of each cross-spectrum; differentiable. Their noise is the generator's, or always
+        the same.
         """
-        simulated = self._moments(self.operator(self.scenes, kernel.to(self.scenes)) + self.noise_std * self.noise)
+        y = self.operator(self.scenes, kernel.to(self.scenes))
+        generator = generator or torch.Generator().manual_seed(self.seed)
+        simulated = self._moments(y + self.noise_std * torch.randn(y.shape, generator=generator).to(y))
         out = []
         for (a, va, _), (b, vb, component, excess) in zip(simulated, self.measured, strict=True):
             z = _reals((a - b) / (va + vb + 1e-6).sqrt())
             out.append((z.square().sum() - excess * (component @ z).square()) / (a.numel() - 1))
         return torch.stack(out)
 
-    def fit(self, start: Tensor, *, steps: int = 200, learning_rate: float = 1e-2) -> Tensor:
+    def fit(self, start: Tensor, *, steps: int = 400, learning_rate: float = 1e-2) -> Tensor:
         """The kernel (1, 1, K, K) of least deviation near ``start``, its centre of mass at pixel ``K // 2``.
 
-        A noise level that is not known is fitted too. No moment depends on a shift. So for three quarters of the steps
-        the kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
+        A noise level that is not known is fitted too. No moment depends on a shift. So for half of the steps the
+        kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
         became brighter, and would end in a wrong place.
         """
-        held = steps // 4
+        held, g = steps // 2, torch.Generator().manual_seed(self.seed)
         kernel = Threshold(0.1)(start.to(self.scenes), 0)  # without the haze of a retrieved kernel
-        kernel = self._descend(kernel, steps - held, learning_rate, hold=0.0)
+        kernel = self._descend(kernel, steps - held, learning_rate, 0.0, g)
         # A sharp kernel differs much from itself a third of a pixel away.
-        return self._descend(recentred(kernel), held, learning_rate / 2, hold=10.0)
+        return bare(self._descend(recentred(bare(kernel)), held, learning_rate, 10.0, g))
 
-    def _descend(self, kernel: Tensor, steps: int, learning_rate: float, hold: float) -> Tensor:
+    def _descend(
+        self, kernel: Tensor, steps: int, learning_rate: float, hold: float, generator: torch.Generator
+    ) -> Tensor:
         # Squares are never negative, and with them a step moves faint pixels less than bright ones.
         root = torch.nn.Parameter((kernel + 1e-5).sqrt())
         level = torch.nn.Parameter(self.noise_std.log()) if not self.noise_is_known else None
@@ -736,7 +750,8 @@ class Moments:
                 optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
                 self.noise_std = level.exp()
             k = simplex(root.square())
-            loss = self(k).sum() + hold * off_centre(k).sum()
+            # Noise that was always the same would be fitted too, and haze far out would decide where the centre is.
+            loss = self(k, generator).sum() + hold * off_centre(bare(k)).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -764,7 +779,7 @@ class Moments:
             strong = strong / (strong.square().mean((1, 2, 3, 4), keepdim=True) + 1e-4).sqrt()
             s = torch.fft.rfft2(strong)
             cross, weight = (s.conj() * d).sum((1, 2)), s.abs().square().sum((1, 2))
-            weight = weight + 0.01 * weight.mean()
+            weight = weight + 0.01 * weight.mean() + 1e-9  # if all tiles are flat
             ratio = cross.mean(0) / weight.mean(0)
             rest = ((cross - ratio * weight) / weight.mean(0)).detach()
             out.append((ratio, rest.abs().square().mean(0) / n, rest))
@@ -865,7 +880,7 @@ class FieldMoments:
         for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
             moments = self._moments(cell, psfs)
             # Held all the way: between PSFs of which each lies where it likes, none can be interpolated.
-            psf = _centred(psfs[:, *cell].to(moments.scenes))
+            psf = _centred(bare(psfs[:, *cell]).to(moments.scenes))
             psfs[:, *cell] = moments._descend(psf, steps, learning_rate, 10.0, g).to(psfs)
             levels.append(moments.noise_std.cpu())
             self.noise_std = torch.stack(levels[-len(self._cells()) :]).median()
@@ -892,8 +907,7 @@ class FieldMoments:
         blur = _OnePSF(psfs, cell, [(*corner, *self.field) for corner in self._corners(cell)])
         if cell not in self.cells:
             self.cells[cell] = new = Moments(self.clean, self._tiles(cell), blur, **self.options)
-            first = next(iter(self.cells.values()))
-            new.scenes, new.noise = first.scenes, first.noise  # the same in all cells
+            new.scenes = next(iter(self.cells.values())).scenes  # the same in all cells
         moments = copy.copy(self.cells[cell])
         moments.operator, moments.noise_std = blur, self.noise_std.to(moments.noise_std)
         return moments
@@ -939,9 +953,10 @@ class _OnePSF(Blur):
         if self.fixed is None:
             varying, others = SpaceVaryingBlur("valid"), self.others.to(image)
             rest, weight = torch.empty_like(y), torch.empty_like(y[:, :1])
-            for i, part in enumerate(self.parts):
-                rest[i :: len(self.parts)] = varying(image[i :: len(self.parts)], others, part=part)
-                weight[i :: len(self.parts)] = share(self.cell, others.shape[1:3], part[2:], part[:2], y)
+            parts = self.parts[:: -(-len(self.parts) // len(image))]  # no more than there are scenes, from all over
+            for i, part in enumerate(parts):
+                rest[i :: len(parts)] = varying(image[i :: len(parts)], others, part=part)
+                weight[i :: len(parts)] = share(self.cell, others.shape[1:3], part[2:], part[:2], y)
             self.fixed = rest.detach(), weight
         rest, weight = self.fixed
         return rest + weight * y

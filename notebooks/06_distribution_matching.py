@@ -73,9 +73,9 @@ sizes = {
     "ci": {"degraded": 60, "clean": 20, "side": 48, "kernel": 9, "patch": 16, "flow": 10, "steps": 10, "few": 6,
            "batch": 8, "fit": 10, "held_out": 1, "seen": 49, "blind": 5, "parallel": 4, "width": 8},
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
-            "batch": 32, "fit": 200, "held_out": 2, "seen": 97, "blind": 12, "parallel": 100, "width": 16},
+            "batch": 32, "fit": 400, "held_out": 2, "seen": 97, "blind": 12, "parallel": 100, "width": 16},
     "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 20_000, "steps": 5000,
-            "few": 2000, "batch": 256, "fit": 200, "held_out": 8, "seen": 257, "blind": 12, "parallel": 1000,
+            "few": 2000, "batch": 256, "fit": 400, "held_out": 8, "seen": 257, "blind": 12, "parallel": 1000,
             "width": 32},
 }[preset]  # fmt: skip
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
@@ -211,18 +211,21 @@ print(f"no mismatch of second moments at a = {zeros}, of all three at a = {one}"
 # granted: that the world looks the same in a mirror, which makes two of each clean scene, and that there are enough of
 # them; with twenty instead of a hundred the error bars come out too small, and the truth's mismatch is far above 1.
 #
-# Three things decide whether that gradient arrives. *Where the kernel lies* no moment minds; a force that holds it in
+# Four things decide whether that gradient arrives. *Where the kernel lies* no moment minds; a force that holds it in
 # the middle from the start makes it move as a whole whenever one of its ends becomes brighter, and it gets stuck. So it
-# is free for most of the way, and centred for the rest. *A threshold has no slope:* "strongest" is a smooth weight.
+# is free for half of the way, and centred for the rest. *A threshold has no slope:* "strongest" is a smooth weight.
 # *Scenes differ most in one way*, some coarse and others fine. Then all frequencies err together, and a hundred clean
 # scenes that happen to be finer than the thousand would pass for a sharper kernel. Along that direction, the first
-# principal component of the blurred pictures' spectra, a deviation counts in units of its own, larger variance.
+# principal component of the blurred pictures' spectra, a deviation counts in units of its own, larger variance. And
+# *haze:* a tenth of a kernel spread thinly over its window is seen by the lowest frequencies alone, so that hardly a
+# moment minds. But it takes a tenth off all others, which a restoration then makes too strong, and it moves the centre
+# of mass. So what is fainter than a fiftieth of the peak is cut off, half-way and at the end.
 
 # %%
 zero_phase = spectrum_kernel(clean, degraded, noise_std=grey_noise, kernel_size=window).to(device)
 retrieved = retrieved_kernel(clean, degraded, noise_std=grey_noise, kernel_size=window, seed=seed).to(device)
 if preset != "ci":
-    print("about a minute on two CPU cores")
+    print("one to two minutes on two CPU cores")
 began = time.perf_counter()
 moments = Moments(clean, degraded, noise_std=grey_noise, kernel_size=window, seed=seed)
 start = moments.fit(retrieved, steps=sizes["fit"]).to(device)
@@ -537,7 +540,7 @@ _ = display.record(
 #
 # <details><summary>Solution</summary>
 #
-# Without the networks this takes a minute each:
+# Without the networks this takes a minute or two each:
 #
 # ```python
 # for n, m in ((1000, 100), (100, 100), (1000, 30), (1000, 10)):

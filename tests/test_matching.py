@@ -155,6 +155,15 @@ def test_matching_a_gaussian_field_finds_the_kernels_spectrum(g):
     assert before < 0.8 and mnc(found, truth) > 0.97
 
 
+def test_a_bare_kernel_has_no_haze(g):
+    lines = motion_kernels(2, 9, seed=1)
+    haze = torch.rand(lines.shape, generator=g) * 0.02 * lines.amax((2, 3), keepdim=True)
+    clear = lines * (lines > 0.02 * lines.amax((2, 3), keepdim=True))
+    found = matching.bare(torch.where(clear > 0, clear, haze))
+    torch.testing.assert_close(found, clear / clear.sum((2, 3), keepdim=True))
+    torch.testing.assert_close(matching.bare(lines[:, None, None])[:, 0, 0], matching.bare(lines))  # as of a field
+
+
 def test_centre_and_spread():
     k = torch.zeros(2, 1, 5, 5)
     k[0, 0, 2, 2] = 1
@@ -237,12 +246,24 @@ def test_the_direction_in_which_tiles_differ_most_is_found_and_by_how_much(kind,
     assert float(excess) == pytest.approx(1 - 1 / float(values[-1]), abs=0.02)
 
 
+def test_the_noise_is_the_same_or_new_as_one_wants(sets):
+    moments = Moments(*sets[:2], noise_std=0.1, kernel_size=7)
+    g = torch.Generator().manual_seed(5)
+    assert torch.equal(moments(FLAT), moments(FLAT)) and not torch.equal(moments(FLAT, g), moments(FLAT, g))
+
+
+def test_flat_pictures_have_moments_too():
+    moments = Moments(dead_leaves(4, 46, seed=3), torch.zeros(4, 3, 46, 46), noise_std=0.02, kernel_size=7)
+    assert torch.isfinite(moments(FLAT)).all()
+
+
 def test_fitted_moments_are_a_better_start_than_the_spectrum_and_centred(sets):
     clean, degraded, k = sets
     start = retrieved_kernel(clean, degraded, noise_std=0.02, kernel_size=7)
     moments = Moments(clean, degraded, noise_std=0.02, kernel_size=7)
     found = moments.fit(start, steps=40)
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5) and off_centre(found) < 0.01
+    assert found[found > 0].min() > 0.01 * found.max()
     assert moments(found).max() < 1.2 and mnc(found, k) > max(0.95, float(mnc(start, k)) + 0.02)
 
 
@@ -304,6 +325,13 @@ def test_a_cells_tiles_are_simulated_as_the_field_blurs_them(length, g):
         expected = torch.cat([y[..., t : t + 20, left : left + 20] for t, left in corners])
         for _ in range(2):
             torch.testing.assert_close(blur(scenes, psfs[:, *cell]), expected)
+
+
+def test_a_cell_may_hold_more_tiles_than_there_are_scenes(g):
+    clean, degraded = dead_leaves(2, 30, seed=1), dead_leaves(2, 120, seed=2)
+    moments = FieldMoments(clean, degraded, (1, 1), noise_std=0.02, kernel_size=5)
+    assert len(moments._corners((0, 0))) > 2 * 2
+    assert torch.isfinite(moments(matching._blot(5)[:, None, None])).all()
 
 
 def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(field_sets):

@@ -69,7 +69,7 @@ class Experiment:
     degraded: int = 1000
     clean: int = 100
     held_out: int = PART
-    steps: int = 200
+    steps: int = 400
     paper: bool = False
 
     @property
