@@ -591,9 +591,15 @@ def unexplained(
     Tensor, shape (n,)
         Root mean squares; for the right kernel between once and twice the noise's standard deviation.
     """
-    many, guidance = y.expand(len(kernels), -1, -1, -1), DiffPIR(noise_std=min(2 * noise_std, 0.99))
-    images = sample(many, partial(blur, kernel=kernels), {"image": prior}, steps=20, guidance=guidance).image
-    return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt()
+    many, known, level = y.expand(len(kernels), -1, -1, -1), partial(blur, kernel=kernels), 2 * noise_std
+    while True:
+        try:
+            images = sample(many, known, {"image": prior}, steps=20, guidance=DiffPIR(min(level, 0.99))).image
+            return (y - blur(images, kernels)).square().mean((1, 2, 3)).sqrt()
+        except ArithmeticError:  # the noise is more: a picture of few colours has errors that look like none
+            if level >= 0.99:
+                raise
+            level *= 2
 
 
 def estimate_noise(y: Tensor) -> float:

@@ -171,7 +171,8 @@ def bare(kernel: Tensor) -> Tensor:
     """Kernels (..., K, L) of sum one without what is fainter than a fiftieth of their peak.
 
     A tenth of a fitted kernel may be haze all over its window. Few low frequencies show it, so it hardly changes what
-    is simulated; but it takes as much from all others, which a restoration then makes too strong.
+    is simulated; but it takes as much from all others, which a restoration then makes too strong. A real skirt that is
+    as faint, such as a lens's glare, is lost with it.
     """
     kernel = Threshold(0.02)(kernel, 0)
     return kernel / kernel.sum((-2, -1), keepdim=True)
@@ -212,7 +213,7 @@ class Learned:
     history : dict of Tensor
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
         falls to a floor as the two sets become alike); ``loss``, that of the auxiliary net's flow matching; ``kernel``
-        (n, ...); ``mnc``, where the truth was given.
+        (n, ...), with the haze that ``Learned.kernel`` is rid of (:func:`bare`); ``mnc``, where the truth was given.
     deviation : Tensor, shape (n, 3)
         :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
         least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
@@ -569,9 +570,9 @@ def learn_operator(
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
             run.keep(step=step + 1, kernel=now[0], **seen)
         if check:
-            checks.append(team.agreed(moments(now).cpu()))
+            checks.append(team.agreed(moments(bare(now)).cpu()))
             run.ended = len(checks) >= PATIENCE and all(astray(one) for one in checks[-PATIENCE:])
-    found = start.cpu() if astray(checks[-1]) else simplex(model().detach()).cpu()
+    found = start.cpu() if astray(checks[-1]) else bare(simplex(model().detach())).cpu()
     history = run.stacked()
     deviation = torch.stack([deviation, *history.pop("deviation")])
     return Learned(found, operator, noise_std, flow, history, deviation, run.seconds, field)

@@ -394,7 +394,7 @@ def kernel_from(sharper, small):
     """The kernel that takes pictures as sharp as `sharper` to ones like `small`, without specks and haze."""
     fit = Moments(sharper, small, coarse, noise_std=grey_noise, kernel_size=size_sr, seed=seed)
     fitted = denoiser(fit.fit(blot, steps=sizes["fit_sr"], learning_rate=2e-3).to(device), 0.02)
-    fitted = Threshold(0.02)(fitted, 0).clamp(min=0)
+    fitted = Threshold(0.02)(fitted, 0)
     return fitted / fitted.sum()
 
 

@@ -291,7 +291,7 @@ def coarse_kernel(e: Experiment, seed: int, clean: Tensor | list[Tensor], degrad
     blot = gaussian_kernels(1, e.kernel, std=(e.kernel / 8, e.kernel / 8), seed=0)
     common = dict(noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
     fitted = Moments(clean, degraded, Downsample(2), **common).fit(blot, steps=e.steps, learning_rate=2e-3).cpu()
-    fitted = Threshold(0.02)(load_kernel_denoiser()(fitted, 0.02), 0).clamp(min=0)
+    fitted = Threshold(0.02)(load_kernel_denoiser()(fitted, 0.02), 0)
     return fitted / fitted.sum()
 
 
