@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -56,6 +55,7 @@ def imap_unordered(
         yield from map(task, items)
         return
     from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     # A task has no arguments: large ones joblib would put on one worker, to die with it.
     calls = [delayed(partial(task, item))() for item in items]
@@ -63,7 +63,7 @@ def imap_unordered(
     if cluster is None:
         try:
             yield from Parallel(jobs, backend="loky", **common)(calls)
-        except BrokenExecutor:
+        except TerminatedWorkerError:
             raise ChildProcessError("jobs: a process was killed, perhaps for want of memory; take fewer") from None
         return
     try:

@@ -11,6 +11,7 @@ changes over the field is a grid of PSFs, each learned from its cell (:class:`Fi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -350,7 +351,8 @@ def fit_flow(
         y, corners = _patches(images, batch, (patch, patch), g)
         y = standard(y.to(device))
         times_and_noise = _times_and_noise(y, g)
-        loss = flow_loss(velocity(model, _positions(corners, field, y, g)), y, *times_and_noise).mean()
+        with _masks(g, device):
+            loss = flow_loss(velocity(model, _positions(corners, field, y, g)), y, *times_and_noise).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         team.average(p.grad for p in model.parameters())
@@ -542,8 +544,9 @@ def learn_operator(
         y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
 
         x_t = between(y.detach(), t, noise)
-        v = velocity(auxiliary, positions)(x_t, t)
-        with torch.no_grad():
+        with _masks(g, device):
+            v = velocity(auxiliary, positions)(x_t, t)
+        with torch.no_grad(), _masks(g, device):
             difference = v - velocity(data, positions)(x_t, t)
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -557,7 +560,8 @@ def learn_operator(
         if not frozen:
             measured, corners = _patches(ys, batch, (patch, patch), g)
             positions = _positions(corners, field, noise, g)
-            flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
+            with _masks(g, device):
+                flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
         team.average(p.grad for net in learning for p in net.parameters())
         for net in learning:
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -1137,12 +1141,24 @@ def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positio
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
     """Up over the first tenth of all steps, down to zero over the last third."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * min(1.0, 10 * (step + 1) / steps, 3 * (1 - step / steps))
+        # A plain number, as it is saved: what holds NumPy's, torch.load does not trust.
+        group["lr"] = float(rate) * min(1.0, 10 * (step + 1) / steps, 3 * (1 - step / steps))
 
 
 def _generator(seed: int, phase: int, step: int, rank: int) -> torch.Generator:
     """Random numbers of a process's step depend on nothing but it: a resumed run draws what it would have drawn."""
     return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1 + 1_000_003 * rank) + step) + phase)
+
+
+@contextlib.contextmanager
+def _masks(g: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Within, dropout draws the masks of a step's generator, the same each time; elsewhere nothing has changed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(g.initial_seed())
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(g.initial_seed())
+        yield
 
 
 def _patches(

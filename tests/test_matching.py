@@ -285,7 +285,8 @@ def test_the_blur_before_a_lower_resolution(sets):
     moments = Moments(dead_leaves(60, 70, seed=3), y, double, noise_std=0.01, kernel_size=7)
     blot = matching._blot(7)
     found = moments.fit(blot, steps=60)
-    assert mnc(found, k) > max(0.87, float(mnc(blot, k)) + 0.06)
+    # Where between the fine pixels it lies, nothing tells.
+    assert mnc(found, k, subpixel=4) > max(0.87, float(mnc(blot, k, subpixel=4)) + 0.06)
     assert moments(found).max() < 1.3 and moments(k).max() < 1.3 and moments(blot).min() > 3
 
 
@@ -628,6 +629,20 @@ def test_a_run_saves_the_start_that_it_has_fitted(sets, tmp_path, monkeypatch):
     assert learn_operator(clean, degraded, **run, steps=2).kernel.shape == (1, 1, 7, 7) and len(fits) == 1
     with pytest.raises(ValueError, match=r"start.pt is of another run, whose degraded differed"):
         learn_operator(clean, degraded[1:], **run, steps=2)
+
+
+def test_both_velocities_have_the_same_dropout_which_follows_from_the_seed(sets):
+    clean, degraded, k = sets
+    runs = []
+    for elsewhere in (1, 2):
+        torch.manual_seed(elsewhere)
+        flow = fit_flow(degraded, patch=8, steps=2, batch=4, net=TINY | dict(dropout=0.3), seed=3)
+        options = dict(noise_std=0.02, kernel_size=7, patch=8, batch=4, flow=flow, start=k, frozen=True)
+        runs.append(learn_operator(clean, degraded, steps=4, seed=3, **options))
+        assert torch.initial_seed() == elsewhere
+    first, again = runs
+    assert first.history["gap"][0] == 0 and first.history["gap"][-1] > 0
+    assert torch.equal(first.history["gap"], again.history["gap"]) and torch.equal(first.kernel, again.kernel)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

@@ -419,4 +419,6 @@ def _mean(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    import unpaired  # by its name, by which other processes can import it too
+
+    unpaired.main()
