@@ -490,8 +490,8 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 #
 # **A photograph that is not sharp at its own scale.** Super-resolution from the photograph itself takes its details to
 # be as sharp as they can be. Is it softer at all, as the pictures of a camera with an optical low-pass filter are, the
-# kernel comes out wider by that softness. The same experiment with a photograph that was softened before. (From itself
-# the kernel of this photograph came out too narrow; that the two errors make up for one another is luck.)
+# kernel comes out wider by that softness. The same experiment with a photograph that was softened before: where the
+# kernel came out a little too narrow, it is now too wide and round.
 
 # %%
 soft = gaussian_kernels(1, 9, std=(1.5, 1.5), seed=0).to(device)
