@@ -129,8 +129,7 @@ class DeepLinear(nn.Module):
             raise ValueError("sizes: expected at least one layer, got none")
         check_counts(channels=channels, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         widths = [1, *[channels] * (len(sizes) - 1), 1]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not torch's: that sets the GPUs' too, for good
+        with _seeded(seed):
             self.layers = nn.ModuleList(
                 nn.Conv2d(i, o, size, bias=False) for i, o, size in zip(widths, widths[1:], sizes, strict=False)
             )
@@ -351,7 +350,7 @@ def fit_flow(
         y, corners = _patches(images, batch, (patch, patch), g)
         y = standard(y.to(device))
         times_and_noise = _times_and_noise(y, g)
-        with _masks(g, device):
+        with _seeded(g.initial_seed(), device):
             loss = flow_loss(velocity(model, _positions(corners, field, y, g)), y, *times_and_noise).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -544,9 +543,9 @@ def learn_operator(
         y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
 
         x_t = between(y.detach(), t, noise)
-        with _masks(g, device):
+        with _seeded(g.initial_seed(), device):
             v = velocity(auxiliary, positions)(x_t, t)
-        with torch.no_grad(), _masks(g, device):
+        with torch.no_grad(), _seeded(g.initial_seed(), device):
             difference = v - velocity(data, positions)(x_t, t)
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -560,7 +559,7 @@ def learn_operator(
         if not frozen:
             measured, corners = _patches(ys, batch, (patch, patch), g)
             positions = _positions(corners, field, noise, g)
-            with _masks(g, device):
+            with _seeded(g.initial_seed(), device):
                 flow_loss(velocity(data, positions), standard(measured.to(device)), t, noise).mean().backward()
         team.average(p.grad for net in learning for p in net.parameters())
         for net in learning:
@@ -1130,8 +1129,7 @@ class _Run:
 
 
 def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with _seeded(seed):
         net = UNet(channels + 2 * positions, channels, **settings).to(memory_format=torch.channels_last)
     if patch % net.stride:
         raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")
@@ -1151,13 +1149,17 @@ def _generator(seed: int, phase: int, step: int, rank: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _masks(g: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Within, dropout draws the masks of a step's generator, the same each time; elsewhere nothing has changed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(g.initial_seed())
-        if device.type == "cuda":
+def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within, torch's own random numbers, on the CPU and on ``device``, follow from a seed; later they go on as before.
+
+    First weights are drawn from them, and masks of dropout. (``torch.manual_seed`` sets all GPUs', for good.)
+    """
+    gpu = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if gpu:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(g.initial_seed())
+                torch.cuda.manual_seed(seed)
         yield
 
 
