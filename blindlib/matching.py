@@ -536,8 +536,8 @@ def learn_operator(
         k = simplex(model())
         if varying:
             corners = [_corner(field, (patch, patch), g) for _ in x]
-            blurred = [operator(one, k, part=(*at, *field)) for one, at in zip(x.split(1), corners, strict=True)]
-            y, positions = torch.cat(blurred), _positions(corners, field, noise, g)
+            y = operator(x, k, part=[(*corner, *field) for corner in corners])
+            positions = _positions(corners, field, noise, g)
         else:
             y, positions = operator(x, k), None
         y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
@@ -590,7 +590,8 @@ def spectrum_kernel(clean: Images, degraded: Images, *, noise_std: float, kernel
     Parameters
     ----------
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
-        No side shorter than ``2 kernel_size - 1``, the extent of the kernel's autocorrelation.
+        No side shorter than ``2 kernel_size - 1``, the extent of the kernel's autocorrelation. What is computed is
+        computed where the degraded ones are.
     noise_std : float
         Of the degraded images, on the [-1, 1] scale.
     kernel_size : int
@@ -640,23 +641,22 @@ def retrieved_kernel(
         raise ValueError(f"starts: expected at least 2, the better half of which counts, got {starts}")
     magnitude = _magnitude(clean, degraded, noise_std, kernel_size)
     side, k, iterations = len(magnitude), kernel_size, 300
-    x = torch.zeros(starts, side, side)
+    x = magnitude.new_zeros(starts, side, side)
     x[:, :k, :k] = torch.rand(starts, k, k, generator=torch.Generator().manual_seed(seed)) / k**2
-    inside = torch.zeros(side, side, dtype=torch.bool)
+    inside = torch.zeros_like(x[0], dtype=torch.bool)
     inside[:k, :k] = True
     for i in range(iterations):
         spectrum = torch.fft.rfft2(x)
         wanted = _inverse(magnitude * spectrum / spectrum.abs().clamp(min=1e-9))
         # Feedback of what is not allowed leads out of local minima, plain projection down into them.
         explore = i % 50 < 35 and i < iterations - 40
-        x = torch.where(inside & (wanted > 0), wanted, x - 0.9 * wanted if explore else torch.zeros(()))
+        x = torch.where(inside & (wanted > 0), wanted, x - 0.9 * wanted if explore else 0.0)
     error = (torch.fft.rfft2(x).abs() - magnitude).square().sum((1, 2))
     near = x[error.argsort()[: starts // 2], :k, :k][:, None].clamp(min=0) + 1e-12
     near = near / near.sum((2, 3), keepdim=True)
     candidates = recentred(torch.cat([near, near.flip(-2, -1)]))  # turned, one of even size has another centre
     images = [y[:, : 8 * k, : 8 * k] for y in _checked("degraded", degraded, side)[:100]]
-    edges = torch.stack([sum(_edges(y, one) for y in images) for one in candidates])
-    return candidates[edges.argmin()][None]
+    return candidates[sum(_edges(y, candidates) for y in images).argmin()][None]
 
 
 class Moments:
@@ -718,8 +718,8 @@ class Moments:
         the same.
         """
         y = self.operator(self.scenes, kernel.to(self.scenes))
-        generator = generator or torch.Generator().manual_seed(self.seed)
-        simulated = self._moments(y + self.noise_std * torch.randn(y.shape, generator=generator).to(y))
+        generator = generator or _generator_on(y.device, self.seed)
+        simulated = self._moments(y + self.noise_std * torch.randn(y.shape, generator=generator, device=y.device))
         out = []
         for (a, va, _), (b, vb, component, excess) in zip(simulated, self.measured, strict=True):
             z = _reals((a - b) / (va + vb + 1e-6).sqrt())
@@ -733,7 +733,7 @@ class Moments:
         kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
         became brighter, and would end in a wrong place.
         """
-        held, g = steps // 2, torch.Generator().manual_seed(self.seed)
+        held, g = steps // 2, _generator_on(self.scenes.device, self.seed)
         kernel = Threshold(0.1)(start.to(self.scenes), 0)  # without the haze of a retrieved kernel
         kernel = self._descend(kernel, steps - held, learning_rate, 0.0, g)
         # A sharp kernel differs much from itself a third of a pixel away.
@@ -788,6 +788,11 @@ class Moments:
             rest = ((cross - ratio * weight) / weight.mean(0)).detach()
             out.append((ratio, rest.abs().square().mean(0) / n, rest))
         return out
+
+
+def _generator_on(device: torch.device, seed: int) -> torch.Generator:
+    """For noise of ten million pixels a step, which a CPU draws more slowly than a GPU does all the rest."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _reals(z: Tensor) -> Tensor:
@@ -880,7 +885,7 @@ class FieldMoments:
     ) -> Tensor:
         """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
         psfs, levels = simplex(Threshold(0.1)(start, 0)), []
-        g = torch.Generator().manual_seed(self.options["seed"])
+        g = _generator_on(pick_device(self.options["device"]), self.options["seed"])
         for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
             moments = self._moments(cell, psfs)
             # Held all the way: between PSFs of which each lies where it likes, none can be interpolated.
@@ -960,7 +965,7 @@ class _OnePSF(Blur):
             parts = self.parts[:: -(-len(self.parts) // len(image))]  # no more than there are scenes, from all over
             for i, part in enumerate(parts):
                 rest[i :: len(parts)] = varying(image[i :: len(parts)], others, part=part)
-                weight[i :: len(parts)] = share(self.cell, others.shape[1:3], part[2:], part[:2], y)
+                weight[i :: len(parts)] = share(self.cell, others.shape[1:3], [part], y)
             self.fixed = rest.detach(), weight
         rest, weight = self.fixed
         return rest + weight * y
@@ -1003,14 +1008,17 @@ def _centred(kernel: Tensor) -> Tensor:
     return kernel
 
 
-def _edges(y: Tensor, kernel: Tensor) -> Tensor:
-    """Mean absolute difference between neighbours, over their root mean square, in ``y`` (C, H, W) deblurred."""
-    h = otf(kernel, tuple(y.shape[-2:]))
-    x = torch.fft.irfft2(h.conj() * torch.fft.rfft2(y.cpu() - y.mean().cpu()) / (h.abs() ** 2 + 0.01), s=y.shape[-2:])
-    cut = min(kernel.shape[-1], min(y.shape[-2:]) // 4)  # the blur did not come round the edges
+def _edges(y: Tensor, kernels: Tensor) -> Tensor:
+    """Mean absolute difference between neighbours, over their root mean square, in ``y`` (C, H, W) deblurred.
+
+    With each of ``kernels`` (n, 1, K, K); (n,).
+    """
+    h = otf(kernels, tuple(y.shape[-2:]))
+    x = torch.fft.irfft2(h.conj() * torch.fft.rfft2(y - y.mean()) / (h.abs() ** 2 + 0.01), s=y.shape[-2:])
+    cut = min(kernels.shape[-1], min(y.shape[-2:]) // 4)  # the blur did not come round the edges
     x = x[..., cut:-cut, cut:-cut]
-    d = torch.cat([x.diff(dim=-1).flatten(), x.diff(dim=-2).flatten()])
-    return d.abs().mean() / d.square().mean().sqrt().clamp(min=1e-8)
+    d = torch.cat([x.diff(dim=-1).flatten(1), x.diff(dim=-2).flatten(1)], 1)
+    return d.abs().mean(1) / d.square().mean(1).sqrt().clamp(min=1e-8)
 
 
 def _magnitude(clean: Images, degraded: Images, noise_std: float, kernel_size: int) -> Tensor:
@@ -1019,7 +1027,8 @@ def _magnitude(clean: Images, degraded: Images, noise_std: float, kernel_size: i
     check_noise(noise_std)
     xs, ys = (_checked(n, v, 2 * kernel_size - 1) for n, v in (("clean", clean), ("degraded", degraded)))
     side = min(4 * kernel_size, *(min(x.shape[-2:]) for x in [*xs, *ys]))
-    (px, _), (py, noise) = _power_spectrum(xs, side, 0.0), _power_spectrum(ys, side, noise_std)
+    device = ys[0].device
+    (px, _), (py, noise) = _power_spectrum(xs, side, 0.0, device), _power_spectrum(ys, side, noise_std, device)
     # The share of the signal in what was measured: frequencies that are mostly noise count little.
     magnitude = (py / px.clamp(min=1e-8) * py / (py + noise + 1e-8)).sqrt()
     magnitude[0, 0] = 1  # the kernel's sum; of the images only the means were left there, and they were taken out
@@ -1030,19 +1039,19 @@ def _inverse(spectrum: Tensor) -> Tensor:
     return torch.fft.irfft2(spectrum, s=(spectrum.shape[-2],) * 2)
 
 
-def _power_spectrum(images: list[Tensor], side: int, noise_std: float) -> tuple[Tensor, Tensor]:
+def _power_spectrum(images: list[Tensor], side: int, noise_std: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean periodogram (side, side // 2 + 1) of half-overlapping squares under a Hann window: without noise, and of it.
 
     Each square counts in units of its own power at the lowest frequencies, which a blur leaves alone: scenes differ so
     much in contrast that of a hundred a plain mean would show a few.
     """
-    window = torch.hann_window(side + 2)[1:-1]
+    window = torch.hann_window(side + 2, device=device)[1:-1]
     window = window[:, None] * window
-    low = torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side) ** 2
+    low = torch.fft.fftfreq(side, device=device)[:, None] ** 2 + torch.fft.rfftfreq(side, device=device) ** 2
     low = (low > 0) & (low < (2.6 / side) ** 2)
-    total, noise, count = torch.zeros(side, side // 2 + 1), torch.zeros(()), 0
+    total, noise, count = window.new_zeros(side, side // 2 + 1), window.new_zeros(()), 0
     for x in images:
-        tiles = x.cpu().unfold(1, side, max(1, side // 2)).unfold(2, side, max(1, side // 2)).flatten(0, 2)
+        tiles = x.to(device).unfold(1, side, max(1, side // 2)).unfold(2, side, max(1, side // 2)).flatten(0, 2)
         tiles = (tiles - tiles.mean((1, 2), keepdim=True)) * window
         power = torch.fft.rfft2(tiles).abs().square() / window.square().sum()
         weight = 1 / (power[:, low].mean(1) + 1e-3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from blindlib.checks import check_counts
 
 BOUNDARIES = ("circular", "zero", "reflect", "valid")
+Part = tuple[int, int, int, int]  # of a field: top, left, and the whole field's height and width
 
 
 class Blur:
@@ -133,13 +134,13 @@ class SpaceVaryingBlur:
     def __repr__(self) -> str:
         return f"SpaceVaryingBlur(boundary={self.boundary!r}, weights_at={self.weights_at!r})"
 
-    def __call__(self, image: Tensor, psfs: Tensor, *, part: tuple[int, int, int, int] | None = None) -> Tensor:
+    def __call__(self, image: Tensor, psfs: Tensor, *, part: Part | Sequence[Part] | None = None) -> Tensor:
         """Blur ``image`` (B, C, H, W) with ``psfs`` (B or 1, rows, columns, C or 1, K, L).
 
         The PSFs are those in the middle of equal cells of the field; beyond the outermost they stay as they are there.
         With ``part`` = (top, left, height, width), for the boundary "valid", the image is the scene behind a part of
-        the field: the one that begins at pixel (top, left) of height x width. The result's shape and the errors are
-        those of :class:`Blur`. Differentiable in both.
+        the field: the one that begins at pixel (top, left) of height x width; or, with B of them, each image behind its
+        own. The result's shape and the errors are those of :class:`Blur`. Differentiable in both.
         """
         if not isinstance(psfs, Tensor) or psfs.ndim != 6:
             shape = tuple(psfs.shape) if isinstance(psfs, Tensor) else type(psfs).__name__
@@ -148,26 +149,34 @@ class SpaceVaryingBlur:
         _check_pair(image, psfs[:, 0, 0])
         padded = _padded(image, (k, l), self.boundary)
         h, w = padded.shape[-2] - k + 1, padded.shape[-1] - l + 1
-        top, left, height, width = part or (0, 0, h, w)
-        if part and (self.boundary != "valid" or min(top, left) < 0 or top + h > height or left + w > width):
-            raise ValueError(f"part: {h}x{w} pixels of a 'valid' blur have to lie in the field, got {part}")
+        parts = [(0, 0, h, w)] if part is None else list(part) if isinstance(part[0], Sequence) else [part]
+        if len(parts) not in (1, len(image)):
+            raise ValueError(f"part: expected one, or one for each of {len(image)} images, got {len(parts)}")
+        for one in parts if part else []:
+            top, left, height, width = one
+            if self.boundary != "valid" or min(top, left) < 0 or top + h > height or left + w > width:
+                raise ValueError(f"part: {h}x{w} pixels of a 'valid' blur have to lie in the field, got {one}")
+        more = (k - 1, l - 1) if self.boundary == "valid" and self.weights_at == "scene" else (0, 0)
+        parts = [(top, left, height + more[0], width + more[1]) for top, left, height, width in parts]
         out = image.new_zeros(*image.shape[:2], h, w)
         for cell in itertools.product(*map(range, cells)):
-            psf = psfs[:, *cell]
+            weight = share(cell, cells, parts, out if self.weights_at == "sensor" else image)
+            # A cell's PSF is in few of the images and in a part of each: none else has to be blurred.
+            own = weight.flatten(1).any(1).nonzero()[:, 0] if len(parts) > 1 else slice(None)
+            if len(weight[own]) == 0:
+                continue
+            psf, weight = psfs[own if len(psfs) > 1 else slice(None), *cell], weight[own]
             if self.weights_at == "sensor":
-                weight = share(cell, cells, (height, width), (top, left), out)
-                rows, columns = _extent(weight, 1, 0), _extent(weight, 0, 0)
-                seen = padded[..., rows.start : rows.stop + k - 1, columns.start : columns.stop + l - 1]
-                weight = weight[rows, columns]
+                rows, columns = _extent(weight, -1, 0), _extent(weight, -2, 0)
+                seen = padded[own, :, rows.start : rows.stop + k - 1, columns.start : columns.stop + l - 1]
+                weight = weight[..., rows, columns]
             else:
-                more = (k - 1, l - 1) if self.boundary == "valid" else (0, 0)
-                weight = share(cell, cells, (height + more[0], width + more[1]), (top, left), image)
-                weight = _padded(weight[None, None], (k, l), self.boundary)[0, 0]
-                rows, columns = _extent(weight, 1, k - 1), _extent(weight, 0, l - 1)
-                seen, weight = (weight * padded)[..., rows, columns], 1.0
+                weight = _padded(weight, (k, l), self.boundary)
+                rows, columns = _extent(weight, -1, k - 1), _extent(weight, -2, l - 1)
+                seen, weight = (weight * padded[own])[..., rows, columns], 1.0
                 rows, columns = slice(rows.start, rows.stop - k + 1), slice(columns.start, columns.stop - l + 1)
             if rows.start < rows.stop and columns.start < columns.stop:
-                out[..., rows, columns] += weight * _valid(seen, psf)
+                out[own, :, rows, columns] += weight * _valid(seen, psf)
         return out
 
     def sizes(self, measured: tuple[int, int], psfs: tuple[int, int], **_: object) -> dict[str, tuple[int, int]]:
@@ -185,7 +194,7 @@ class SpaceVaryingBlur:
         image: Tensor,
         weight: Tensor | float,
         *,
-        part: tuple[int, int, int, int] | None = None,
+        part: Part | Sequence[Part] | None = None,
         iterations: int = 12,
     ) -> Tensor:
         """The proximal map of the data term by conjugate gradients, (B, C, H, W); see :meth:`Blur.solve`.
@@ -628,24 +637,22 @@ def _conjugate_gradients(
     return x
 
 
-def share(
-    cell: tuple[int, int], cells: tuple[int, int], field: tuple[int, int], first: tuple[int, int], like: Tensor
-) -> Tensor:
-    """Bilinear weight of one of a field's ``cells``: 1 at its middle, 0 at the middle of its neighbours; (H, W).
+def share(cell: tuple[int, int], cells: tuple[int, int], parts: Sequence[Part], like: Tensor) -> Tensor:
+    """Bilinear weight of one of a field's ``cells``: 1 at its middle, 0 at the middle of its neighbours.
 
-    At pixels as many as those of ``like``, from ``first`` on.
+    In parts of fields, at pixels as many as those of ``like``; (n, 1, H, W).
     """
-    weights = []
-    for i, n, whole, begin, length in zip(cell, cells, field, first, like.shape[-2:], strict=True):
-        at = (torch.arange(length, device=like.device, dtype=like.dtype) + begin + 0.5) * n / whole - 0.5
-        weights.append((1 - (at.clamp(0, n - 1) - i).abs()).clamp(min=0))
-    return weights[0][:, None] * weights[1]
+    weights, at = [], torch.tensor(parts, dtype=like.dtype).T  # (4, n)
+    for i, n, begin, whole, length in zip(cell, cells, at[:2], at[2:], like.shape[-2:], strict=True):
+        x = (torch.arange(length, dtype=like.dtype) + begin[:, None] + 0.5) * n / whole[:, None] - 0.5
+        weights.append((1 - (x.clamp(0, n - 1) - i).abs()).clamp(min=0).to(like.device))
+    return weights[0][:, None, :, None] * weights[1][:, None, None]
 
 
 def _extent(weight: Tensor, along: int, margin: int) -> slice:
-    """Where ``weight`` (H, W) is not zero, and so much about it."""
-    at = weight.any(along).nonzero()
-    length = weight.shape[1 - along]
+    """Where ``weight`` (n, 1, H, W) is not zero, and so much about it."""
+    at = weight.amax((0, 1)).any(along).nonzero()
+    length = weight.shape[-3 - along]
     return slice(max(0, int(at[0]) - margin), min(length, int(at[-1]) + 1 + margin)) if len(at) else slice(0, 0)
 
 

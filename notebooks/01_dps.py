@@ -70,7 +70,7 @@ from blindlib.metrics import error_over_spread, ranks
 sizes = {
     "ci": {"side": 32, "steps": 20, "step_size": 10.0, "proximal_steps": 20, "samples": 3},
     "cpu": {"side": 64, "steps": 200, "step_size": 4.0, "proximal_steps": 50, "samples": 5},
-    "gpu": {"side": 256, "steps": 1000, "step_size": 3.0, "proximal_steps": 100, "samples": 8},
+    "gpu": {"side": 256, "steps": 500, "step_size": 3.0, "proximal_steps": 100, "samples": 8},
 }[preset]
 side, steps, step_size = sizes["side"], sizes["steps"], sizes["step_size"]
 noise_std = 0.05  # on the [-1, 1] scale of our images

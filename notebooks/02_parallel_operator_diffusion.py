@@ -67,8 +67,8 @@ sizes = {
            "returns": (1, 5)},
     "cpu": {"side": 64, "plain": 50, "main": 500, "ablation": 100, "posterior": (4, 150), "hard": 150,
             "panel": (50, 100), "returns": (4, 40)},
-    "gpu": {"side": 256, "plain": 100, "main": 1000, "ablation": 500, "posterior": (6, 1000), "hard": 1000,
-            "panel": (100, 500), "returns": (8, 100)},
+    "gpu": {"side": 256, "plain": 50, "main": 1000, "ablation": 200, "posterior": (6, 300), "hard": 300,
+            "panel": (50, 200), "returns": (6, 60)},
 }[preset]  # fmt: skip
 side = sizes["side"]
 noise_std = 0.02  # on the [-1, 1] scale of our images

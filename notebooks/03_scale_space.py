@@ -72,7 +72,7 @@ from blindlib.priors import kernel_to_latent
 sizes = {
     "ci": {"side": 64, "examples": 32, "steps": 16, "descent": 300, "restore": 6, "late": 6},
     "cpu": {"side": 64, "examples": 512, "steps": 200, "descent": 800, "restore": 30, "late": 60},
-    "gpu": {"side": 256, "examples": 4096, "steps": 1000, "descent": 3000, "restore": 100, "late": 90},
+    "gpu": {"side": 256, "examples": 4096, "steps": 400, "descent": 2000, "restore": 50, "late": 90},
 }[preset]
 side, steps = sizes["side"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images

@@ -77,7 +77,7 @@ from blindlib.priors import pick_device
 sizes = {
     "ci": {"side": 64, "plain": 4, "main": 6, "rounds": (2, 4), "compare": 4, "parallel": 6, "panel": 4},
     "cpu": {"side": 64, "plain": 20, "main": 50, "rounds": (4, 15), "compare": 30, "parallel": 100, "panel": 30},
-    "gpu": {"side": 256, "plain": 50, "main": 100, "rounds": (10, 100), "compare": 100, "parallel": 1000, "panel": 100},
+    "gpu": {"side": 256, "plain": 50, "main": 100, "rounds": (10, 50), "compare": 100, "parallel": 1000, "panel": 50},
 }[preset]
 side, window = sizes["side"], 32
 noise_std = 0.02  # on the [-1, 1] scale of our images

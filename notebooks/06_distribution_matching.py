@@ -74,8 +74,8 @@ sizes = {
            "batch": 8, "fit": 10, "held_out": 1, "seen": 49, "blind": 5, "parallel": 4, "width": 8},
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
             "batch": 32, "fit": 400, "held_out": 2, "seen": 97, "blind": 12, "parallel": 100, "width": 16},
-    "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 20_000, "steps": 5000,
-            "few": 2000, "batch": 256, "fit": 400, "held_out": 8, "seen": 257, "blind": 12, "parallel": 1000,
+    "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 3000, "steps": 500,
+            "few": 1000, "batch": 256, "fit": 400, "held_out": 4, "seen": 257, "blind": 12, "parallel": 300,
             "width": 32},
 }[preset]  # fmt: skip
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
@@ -227,7 +227,7 @@ retrieved = retrieved_kernel(clean, degraded, noise_std=grey_noise, kernel_size=
 if preset != "ci":
     print("one to two minutes on two CPU cores")
 began = time.perf_counter()
-moments = Moments(clean, degraded, noise_std=grey_noise, kernel_size=window, seed=seed)
+moments = Moments(clean, degraded, noise_std=grey_noise, kernel_size=window, seed=seed, device=device)
 start = moments.fit(retrieved, steps=sizes["fit"]).to(device)
 seconds_moments = time.perf_counter() - began
 first = {
@@ -472,7 +472,7 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 # %%
 soft = gaussian_kernels(1, 7, std=(1.2, 1.2), seed=0).to(device)
 unsharp = Blur("reflect")(clean, soft)
-check = Moments(unsharp, degraded, noise_std=grey_noise, kernel_size=window, seed=seed)
+check = Moments(unsharp, degraded, noise_std=grey_noise, kernel_size=window, seed=seed, device=device)
 wrong = check.fit(start, steps=sizes["fit"] // 2).to(device)
 mnc_unsharp, chi2_unsharp = mnc(wrong, kernel).item(), check(wrong).max().item()
 again = torch.cat([restore(y, wrong, prior, blur, noise_std) for y in measured.split(1)])

@@ -79,8 +79,8 @@ sizes = {
     "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "sweeps": 4, "fit": 8, "patch": 32,
             "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "kernel_lens": 9,
             "blind": 12, "kernel_sr": 13, "fit_sr": 60, "part": 64},
-    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 4, "fit": 15,
-            "patch": 64, "flow": 20_000, "steps": 5000, "batch": 128, "held_out": 8, "lens": (8, 8),
+    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 4, "fit": 8,
+            "patch": 64, "flow": 2000, "steps": 200, "batch": 128, "held_out": 4, "lens": (8, 8),
             "kernel_lens": 13, "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
 }[preset]  # fmt: skip
 grid, window, side = sizes["grid"], sizes["kernel"], sizes["field"]

@@ -5,7 +5,8 @@ Fast Diffusion EM paper, in 255ths of the range [0, 1]: 10 is a standard deviati
 What is blurred are the values, as in all papers; or, with ``--response srgb``, the light that they stand for, as in a
 camera. Every result is written to the JSON file as soon as it is there, one for each method and image; a run that was
 stopped goes on with what is missing, and ``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several
-at once, which then take longer, each by its own share: of such a run the seconds mean nothing.
+at once, and ``--batch`` several images in one batch, which keeps a GPU busy and gives the same images: of such a run
+there are no seconds, as none would be one image's.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def measured(size: int, noise_std: float, seed: int, response: str = "linear") -
 def methods(
     y: Tensor, k: Tensor, noise_std: float, priors: dict, response: str = "linear"
 ) -> dict[str, Callable[[], Result]]:
-    """Each method by name, to be run on one measurement; those that tell most in least time first."""
+    """Each method by name, to be run on ``y`` (B, 3, H, W); those that tell most in least time first."""
     image, blur = priors["image"], blur_of("circular", response)
     only, known, side = {"image": image}, partial(blur, kernel=k), y.shape[-1]
     em = dict(kernel_size=WINDOW, noise_std=noise_std, response=response)
@@ -93,16 +94,18 @@ def methods(
 
     def with_kernel(kernel: Tensor, noise: float, told: Callable = blur) -> Result:
         """``y`` restored as ``deblur`` does."""
-        latents = {"image": restore(y, kernel, image, told, noise), "kernel": kernel}
-        return Result(latents, 1, torch.zeros(1), RESTORE, 0.0, {})
+        pairs = zip(y.split(1), kernel.split(1), strict=True)
+        restored = torch.cat([restore(one, its, image, told, noise) for one, its in pairs])
+        return Result({"image": restored, "kernel": kernel}, 1, torch.zeros(len(y)), RESTORE, 0.0, {})
 
     def as_deblur(told: str = response) -> Result:
         settings = dict(boundary="circular", response=told, noise_std=noise_std)
-        made = deblur(y, **settings, priors=priors, device=y.device, progress=False)
+        settings |= dict(priors=priors, device=y.device, progress=False)
+        made = [deblur(one, **settings) for one in y.split(1)]
         # 20 for each kernel, to choose; at most, as kernels that have become one go on as one.
         evaluations = (len(GUESSES) + 1) * (EM_STEPS + 2 * (ROUNDS * ROUND_STEPS + 20)) + RESTORE
-        latents = {"image": made.image.to(y), "kernel": made.kernel.to(y)}
-        return Result(latents, 1, torch.zeros(1), evaluations, 0.0, {})
+        latents = {name: torch.cat([getattr(one, name) for one in made]).to(y) for name in ("image", "kernel")}
+        return Result(latents, 1, torch.zeros(len(y)), evaluations, 0.0, {})
 
     # Most steps are spent on the way down from where only details are hidden, again and again.
     t = image.schedule.timesteps
@@ -171,11 +174,11 @@ def scores(image: Tensor, kernel: Tensor | None, x: Tensor, k: Tensor) -> dict[s
 
 @dataclass(frozen=True)
 class Cell:
-    """One of the grid: a method and a measurement ``y`` (1, 3, H, W) of the image ``x`` under the kernel ``k``."""
+    """Some of the grid: a method and measurements ``y`` (B, 3, H, W) of the images ``x`` under the kernels ``k``."""
 
     setting: str
     method: str
-    item: str
+    items: tuple[str, ...]
     noise_std: float
     response: str
     x: Tensor
@@ -183,7 +186,12 @@ class Cell:
     y: Tensor
 
     def among(self, table: dict) -> bool:
-        return self.item in table["results"].get(self.setting, {}).get(self.method, {})
+        return set(self.items) <= set(table["results"].get(self.setting, {}).get(self.method, {}))
+
+    def singles(self) -> list["Cell"]:
+        # Copies: with a part of a tensor, the whole of it would go to a worker.
+        parts = zip(self.items, *(v.split(1) for v in (self.x, self.k, self.y)), strict=True)
+        return [replace(self, items=(item,), x=x.clone(), k=k.clone(), y=y.clone()) for item, x, k, y in parts]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,8 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
+    parser.add_argument(
+        "--batch", type=int, choices=range(1, 17), default=1, metavar="N", help="images in one, 1 to 16"
+    )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--jobs", type=int, default=1, help="processes; with more than one, the seconds mean nothing")
+    where.add_argument("--jobs", type=int, default=1, help="processes, which share the cores and the GPU")
     where.add_argument(
         "--cluster", metavar="ADDRESS", help="of a Dask scheduler: its workers instead of processes here"
     )
@@ -207,8 +218,9 @@ def main(argv: list[str] | None = None) -> None:
     if not a.show:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         on = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-        several = "" if a.cluster is None and a.jobs == 1 else ", several at once"
-        table["machine"] = f"{platform.machine()}, {on}, torch {torch.__version__}{several}"
+        several = "" if alone(a) else ", several at once"
+        this = f"{platform.machine()}, {on}, torch {torch.__version__}{several}"
+        table["machines"] = [m for m in table.get("machines", []) if m != this] + [this]
         run(a, table)
     print(markdown(table))
 
@@ -217,36 +229,46 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {"results": {}}
 
 
+def alone(a: argparse.Namespace) -> bool:
+    """Whether one image is measured at a time."""
+    return a.jobs == a.batch == 1 and a.cluster is None
+
+
 def run(a: argparse.Namespace, table: dict) -> None:
     """Everything that is missing."""
     a.out.parent.mkdir(exist_ok=True)
-    missing = [cell for size in a.size for noise in a.noise for cell in grid(a, size, noise) if not cell.among(table)]
+    missing = [cell for size in a.size for noise in a.noise for cell in grid(a, size, noise, table)]
     for cell in missing:  # rows of the table in the order of the methods, whichever ends first
         table["results"].setdefault(cell.setting, {}).setdefault(cell.method, {})
-    for cell, entry in imap_unordered(partial(measure, out=a.out), missing, jobs=a.jobs, cluster=a.cluster):
-        if entry is None:
-            continue
-        table["results"][cell.setting][cell.method][cell.item] = entry
+    for cell, entries in imap_unordered(partial(measure, out=a.out), missing, jobs=a.jobs, cluster=a.cluster):
+        for item, entry in (entries or {}).items():
+            if not alone(a):
+                entry.pop("seconds", None)
+            table["results"][cell.setting][cell.method][item] = entry
+            print(f"{cell.setting} {cell.method}, {item}: {entry}", flush=True)
         with whole(a.out) as part:
             part.write_text(json.dumps(table, indent=1) + "\n")
-        print(f"{cell.setting} {cell.method}, {cell.item}: {entry}", flush=True)
 
 
 def setting_of(a: argparse.Namespace, size: int, noise: str) -> str:
     return f"{size}x{size}, {noise}, seed {a.seed}" + (", light" if a.response == "srgb" else "")
 
 
-def grid(a: argparse.Namespace, size: int, noise: float) -> list[Cell]:
-    """All cells of one size and noise level."""
+def grid(a: argparse.Namespace, size: int, noise: float, table: dict) -> list[Cell]:
+    """What the table lacks of one size and noise level, ``a.batch`` images of a method together."""
     noise_std, n = 2 * noise / 255, a.images
     x, k, y = measured(size, noise_std, a.seed, a.response)
     names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu"), a.response))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    setting = setting_of(a, size, f"noise {noise:g}/255")
+    setting, cells = setting_of(a, size, f"noise {noise:g}/255"), []
     items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
-    # Copies: with a part of a tensor, the whole of it would go to a worker.
-    of_item = {item: [v[i : i + 1].clone() for v in (x, k, y)] for item, i in items.items()}
-    return [Cell(setting, name, item, noise_std, a.response, *of_item[item]) for name in names for item in items]
+    for name in names:
+        left = [item for item in items if item not in table["results"].get(setting, {}).get(name, {})]
+        for start in range(0, len(left), a.batch):
+            some = tuple(left[start : start + a.batch])
+            at = [items[item] for item in some]
+            cells.append(Cell(setting, name, some, noise_std, a.response, x[at], k[at], y[at]))
+    return cells
 
 
 @cache
@@ -255,31 +277,34 @@ def load_priors(device: str) -> dict:
 
 
 def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
-    """The cell's figures; none if a worker that has died since brought them home to ``out``."""
+    """Its figures by item; none if a worker that has died since brought them home to ``out``."""
     if cell.among(read(out)):
         return cell, None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, k, y = (v.to(device) for v in (cell.x, cell.k, cell.y))
     if cell.method == "blurred":
-        return cell, scores(y, None, x, k)
-    method = methods(y, k, cell.noise_std, load_priors(device), cell.response)[cell.method]
-    began, result, entry = time.perf_counter(), None, {}
-    try:
-        result = method()
-    except ArithmeticError as error:
-        entry = {"diverged": str(error)}
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    if result is not None:
-        kernel = result.latents.get("kernel")
-        entry = scores(result.image[:1], None if kernel is None else kernel[:1], x, k)
-        if result.samples > 1:
-            average = result.image.mean(0, keepdim=True)
-            entry["psnr of the average"] = scores(average, None, x, k)["psnr"]
-        entry["evaluations"] = result.evaluations * result.samples
-    entry["seconds"] = seconds
-    return cell, entry
+        result, extra = Result({"image": y}, 1, torch.zeros(len(y)), 0, 0.0, {}), {}
+    else:
+        method = methods(y, k, cell.noise_std, load_priors(device), cell.response)[cell.method]
+        began = time.perf_counter()
+        try:
+            result = method()
+        except ArithmeticError as error:
+            if len(cell.items) == 1:
+                return cell, {cell.items[0]: {"diverged": str(error), "seconds": time.perf_counter() - began}}
+            each = [measure(one, out)[1] for one in cell.singles()]  # which one it was
+            return cell, {item: entry for entries in each for item, entry in (entries or {}).items()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+        extra = {"evaluations": result.evaluations * result.samples, "seconds": time.perf_counter() - began}
+    entries, images = {}, result.posterior("image")
+    kernels = result.posterior("kernel") if "kernel" in result.latents else [None] * len(y)
+    for item, image, kernel, sharp, true in zip(cell.items, images, kernels, x.split(1), k.split(1), strict=True):
+        entry = scores(image[:1], None if kernel is None else kernel[:1], sharp, true)
+        if len(image) > 1:
+            entry["psnr of the average"] = scores(image.mean(0, keepdim=True), None, sharp, true)["psnr"]
+        entries[item] = entry | extra
+    return cell, entries
 
 
 def markdown(table: dict) -> str:

@@ -56,11 +56,12 @@ def test_several_jobs_measure_the_same(tmp_path):
     assert tables[0]["results"] == tables[1]["results"]
     ((setting, rows),) = tables[0]["results"].items()
     assert {kind: set(row) for kind, row in rows.items()} == {"blurred": {"scene 0", "photograph 0"}}
-    assert tables[1]["machine"].endswith("several at once") and not tables[0]["machine"].endswith("at once")
+    one, two = (table["machines"][-1] for table in tables)
+    assert two.endswith("several at once") and not one.endswith("at once")
 
     # What a worker is asked a second time, since another died after its result was home, it does not do.
     empty = torch.zeros(0)
-    cell = benchmark.Cell(setting, "blurred", "scene 0", 0.1, "linear", empty, empty, empty)
+    cell = benchmark.Cell(setting, "blurred", ("scene 0",), 0.1, "linear", empty, empty, empty)
     assert benchmark.measure(cell, tmp_path / "1.json") == (cell, None)
 
 
@@ -78,3 +79,38 @@ def test_light_is_blurred_on_demand(tmp_path):
     assert setting.endswith(", light")
     right, wrong = (rows[f"kernel known, DPIR{told}"]["photograph 0"] for told in ("", ", as if values were blurred"))
     assert right["psnr"] > wrong["psnr"] + 2
+
+
+def test_a_batch_measures_the_same_as_single_images(tmp_path):
+    some = "kernel known, DiffPIR", "kernel known, DPIR", "FastEM-PiGDM, n = 1, 30"
+    tables = []
+    for batch in ("1", "3"):
+        out = tmp_path / f"{batch}.json"
+        benchmark.main(["--images", "2", "--only", *some, "--batch", batch, "--out", str(out)])
+        tables.append(next(iter(json.loads(out.read_text())["results"].values())))
+    single, several = tables
+    assert list(single) == list(several) and len(single) == 4
+    for method, items in single.items():
+        assert list(items) == ["scene 0", "scene 1", "photograph 0", "photograph 1"] == list(several[method])
+        for item, entry in items.items():
+            assert {key for key in entry if key != "seconds"} == set(several[method][item])  # no seconds of its own
+            for key in set(entry) - {"seconds"}:
+                assert several[method][item][key] == pytest.approx(entry[key], rel=0.02, abs=2e-6), (method, item, key)
+
+
+def test_of_a_batch_that_diverges_the_others_are_measured(tmp_path, monkeypatch):
+    def picky(y, k, noise_std, priors, response):
+        def run():
+            if (y == last).flatten(1).all(1).any():
+                raise ArithmeticError("no number")
+            return Result({"image": y, "kernel": k}, 1, torch.zeros(len(y)), 7, 0.0, {})
+
+        return {"as given": run}
+
+    last = benchmark.measured(64, 20 / 255, 3000)[2][9]
+    monkeypatch.setattr(benchmark, "methods", picky)
+    benchmark.main(["--images", "2", "--batch", "4", "--out", str(tmp_path / "b.json")])
+    (setting,) = json.loads((tmp_path / "b.json").read_text())["results"].values()
+    rows = setting["as given"]
+    assert rows.pop("photograph 1") == {"diverged": "no number"}
+    assert set(rows) == {"scene 0", "scene 1", "photograph 0"} and all(row["evaluations"] == 7 for row in rows.values())

@@ -235,6 +235,13 @@ def test_a_part_of_a_field_is_blurred_as_in_the_whole(weights_at, g):
     for top, left, h, w in ((0, 0, 8, 6), (22, 3, 8, 21), (11, 9, 5, 7)):
         part = blur(scene[..., top : top + h + 3, left : left + w + 2], psfs, part=(top, left, 30, 24))
         torch.testing.assert_close(part, whole[..., top : top + h, left : left + w])
+    both = torch.stack([scene[0, :, :11, :8], scene[1, :, 19:30, 17:25]])
+    for one in (psfs, grid_of_psfs(2, 3, 4, 1, 4, 3, g=g)):  # PSFs of all, or each its own
+        parts = blur(both, one, part=[(0, 0, 30, 24), (19, 17, 30, 24)])
+        whole = blur(scene, one)
+        torch.testing.assert_close(parts, torch.stack([whole[0, :, :8, :6], whole[1, :, 19:27, 17:23]]))
+    with pytest.raises(ValueError, match="part: expected one, or one for each of 2 images, got 3"):
+        blur(both, psfs, part=3 * [(0, 0, 30, 24)])
     for wrong in (blur, SpaceVaryingBlur("zero")):
         with pytest.raises(ValueError, match="part: 30x24 pixels|part: 33x26 pixels"):
             wrong(scene, psfs, part=(1, 0, 30, 24))
