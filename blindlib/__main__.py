@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in (p, q):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", default="auto")
-        command.add_argument("--quiet", action="store_true")
+        command.add_argument("--quiet", action="store_true", help="say nothing but what went wrong or was left out")
     a = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a file's name may have letters that the terminal has not
         if isinstance(stream, io.TextIOWrapper):
@@ -205,8 +205,9 @@ def _learn_operator(a: argparse.Namespace) -> str:
     first = Team(a.device).rank == 0
     a.quiet |= not first
     say = (lambda line: None) if a.quiet else print
+    warn = partial(print, file=sys.stderr) if first else (lambda line: None)
     patch = max(32, -(-a.kernel_size // FLOW_STRIDE) * FLOW_STRIDE)
-    read = dict(response=a.response, grey=not a.colour, seed=a.seed, say=say)
+    read = dict(response=a.response, grey=not a.colour, seed=a.seed, warn=warn)
     least = max(patch + a.kernel_size - 1, 0 if a.grid is None else 3 * a.kernel_size - 2)
     clean = read_folder(a.clean, "clean", least=least, crop=a.crop, **read)
     crop = a.crop if a.grid is None else sys.maxsize
@@ -214,7 +215,7 @@ def _learn_operator(a: argparse.Namespace) -> str:
     if a.grid is not None:
         ((size, count),) = Counter(y.shape for y in degraded).most_common(1)
         if count < len(degraded):
-            say(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
+            warn(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
         degraded = [y for y in degraded if y.shape == size]
     say(f"{len(clean)} clean and {len(degraded)} degraded photographs")
     folder = a.folder or a.out.with_suffix(".run")
@@ -251,7 +252,7 @@ def read_folder(
     response: str,
     grey: bool = True,
     seed: int,
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> list[Tensor]:
     """The photographs of a folder as images (1 or 3, H, W) in [-1, 1]; what is no picture or too small is skipped.
 
@@ -271,10 +272,10 @@ def read_folder(
             x = (to_light(x) if response == "srgb" else x)[0]
             x = x.mean(0, keepdim=True) if grey else x
         except (ValueError, OSError) as error:
-            say(f"skipped: {error}")
+            warn(f"skipped: {error}")
             continue
         if min(x.shape[1:]) < least:
-            say(f"skipped: {str(path)!r} has {x.shape[2]}x{x.shape[1]} pixels, {least}x{least} are needed")
+            warn(f"skipped: {str(path)!r} has {x.shape[2]}x{x.shape[1]} pixels, {least}x{least} are needed")
             continue
         top, left = (int(torch.randint(max(side - crop, 0) + 1, (), generator=g)) for side in x.shape[1:])
         images.append(x[:, top : top + crop, left : left + crop].clone())

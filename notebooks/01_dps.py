@@ -78,6 +78,7 @@ noise_std = 0.05  # on the [-1, 1] scale of our images
 # %%
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 
 shipped = load_prior("image", device=device)
 faces = [path for path in (Path("models/ffhq_10m.pt"), Path("../models/ffhq_10m.pt")) if path.is_file()]

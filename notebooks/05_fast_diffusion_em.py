@@ -84,6 +84,7 @@ noise_std = 0.02  # on the [-1, 1] scale of our images
 
 # %%
 device = pick_device(device)
+torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 image_prior, kernel_prior = load_prior("image", device=device), load_prior("kernel", device=device)
 denoiser = load_kernel_denoiser(device=device)
 

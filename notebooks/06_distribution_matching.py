@@ -83,6 +83,7 @@ window, side = sizes["kernel"], sizes["side"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 
 # %% [markdown]
 # ## Two sets of pictures

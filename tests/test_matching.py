@@ -773,9 +773,9 @@ def arguments(folder, *more):
 
 def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     assert main(arguments(folders, "--kernel-out", folders / "kernel.png")) == 0
-    said = capsys.readouterr().out
-    assert said.count("skipped: ") == 4 and "small.png' has 46x12 pixels, 38x38 are needed" in said
-    assert "notes.txt' cannot be read as an image" in said
+    said, left_out = capsys.readouterr()
+    assert left_out.count("skipped: ") == 4 and "small.png' has 46x12 pixels, 38x38 are needed" in left_out
+    assert "notes.txt' cannot be read as an image" in left_out
     assert "3 clean and 3 degraded photographs\ngrey: noise 0.0" in said
     saved = load_operator(folders / "operator.safetensors")
     kernel = saved["kernel"]
@@ -793,8 +793,14 @@ def test_from_two_folders_to_a_sharp_photograph(folders, capsys):
     torch.testing.assert_close(read_image(sharp), expected.clamp(-1, 1), atol=0.006, rtol=0)
 
 
+def test_quiet_is_not_about_what_was_left_out(folders, capsys):
+    assert main(arguments(folders, "--quiet")) == 0
+    said, left_out = capsys.readouterr()
+    assert said == "" and left_out.count("skipped: ") == 4
+
+
 def test_of_photographs_the_light_is_compared(folders):
-    whole = dict(name="clean", least=30, crop=100, seed=0, say=lambda line: None)
+    whole = dict(name="clean", least=30, crop=100, seed=0, warn=lambda line: None)
     light, values = (read_folder(folders / "clean", response=told, **whole)[0] for told in ("srgb", "linear"))
     x = read_image(folders / "clean" / "a.png")
     torch.testing.assert_close(values, x[0].mean(0, keepdim=True))
@@ -828,8 +834,8 @@ def test_an_operators_file_says_what_it_blurs(folders, response, monkeypatch, ca
 def test_a_grid_from_two_folders(folders, capsys):
     write_image(read_image(folders / "degraded" / "a.png").flip(-1), folders / "degraded" / "e.png")
     assert main(arguments(folders, "--grid", "1x2", "--kernel-out", folders / "psfs.png")) == 0
-    said = capsys.readouterr().out
-    assert "skipped: 1 photographs that are not 40x40 pixels" in said and "4 clean and 3 degraded" not in said
+    said, left_out = capsys.readouterr()
+    assert "skipped: 1 photographs that are not 40x40 pixels" in left_out and "4 clean and 3 degraded" not in said
     psfs = load_operator(folders / "operator.safetensors")["kernel"]
     assert psfs.shape == (1, 1, 2, 1, 7, 7) and read_image(folders / "psfs.png").shape == (1, 3, 7, 14)
     photo, sharp = folders / "degraded" / "a.png", folders / "sharp.png"
