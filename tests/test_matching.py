@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -18,9 +19,11 @@ from blindlib import (
     deblur,
     fit_flow,
     gaussian_kernels,
+    indirect_kernel,
     learn_operator,
     lens_psfs,
     load_operator,
+    load_prior,
     matching,
     mirrored,
     mnc,
@@ -744,6 +747,49 @@ def test_a_run_that_diverges_says_so_and_leaves_no_state(sets, tmp_path):
     with pytest.raises(ArithmeticError, match="flow: diverged at step 2, .* take smaller learning rates"):
         fit_flow(sets[1], patch=8, steps=9, batch=4, net=TINY, learning_rate=1e30, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ with an image prior
+
+
+@pytest.fixture(scope="module")
+def image_prior():
+    return load_prior("image")
+
+
+def test_indirect_inference_comes_nearer_and_stays_at_the_truth(image_prior):
+    kernel = torch.zeros(1, 1, 9, 9)
+    kernel[..., 4, 2:7], kernel[..., 2, 6], kernel[..., 6, 3] = 0.14, 0.2, 0.1  # a stroke and two spots
+    scenes = dead_leaves(60, 48, seed=5).mean(1, keepdim=True)
+    degraded = Blur("valid")(scenes[:30], kernel)
+    degraded = degraded + 0.02 * torch.randn(degraded.shape, generator=torch.Generator().manual_seed(1))
+    clean, before = scenes[30:], degraded.clone()
+    options = dict(noise_std=0.02, patches=24)
+    wrong = (kernel + kernel.flip(-1)) / 2
+    near = indirect_kernel(clean, degraded, wrong, image_prior, **options)
+    assert 1 - mnc(near, kernel) < (1 - mnc(wrong, kernel)) / 2, mnc(near, kernel)
+    there, again = (indirect_kernel(clean, degraded, kernel, image_prior, rounds=2, **options) for _ in range(2))
+    assert mnc(there, kernel) > 0.985, mnc(there, kernel)
+    assert torch.equal(there, again) and torch.equal(degraded, before)
+    for k in (near, there):
+        assert k.shape == (1, 1, 9, 9) and k.sum() == pytest.approx(1, abs=1e-5) and k.min() >= 0
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(start=torch.ones(1, 1, 9, 7)), "start: expected shape (1, 1, K, K), got (1, 1, 9, 7)"),
+        (dict(clean=torch.zeros(2, 2, 40, 40)), "clean, degraded: expected 1 or 3 channels, got 2 and 1"),
+        (dict(degraded=torch.zeros(2, 1, 15, 15)), "clean, degraded: too small for a kernel of 9, 24x24 pixels are"),
+        (dict(noise_std=0.0), "noise_std: expected a positive number, got 0.0"),
+        (dict(rounds=0), "rounds: "),
+        (dict(rate=-1.0), "rate: expected a positive number, got -1.0"),
+    ],
+)
+def test_bad_input_to_indirect_inference(changes, said, image_prior):
+    good = dict(clean=torch.zeros(2, 1, 40, 40), degraded=torch.zeros(2, 1, 40, 40), start=torch.ones(1, 1, 9, 9) / 81)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        indirect_kernel(prior=image_prior, **good | dict(noise_std=0.02) | changes)
 
 
 # ------------------------------------------------------------------------------------------------- the command line

@@ -36,6 +36,7 @@ from blindlib import (
     fast_em,
     fit_flow,
     gaussian_kernels,
+    indirect_kernel,
     learn_operator,
     lens_psfs,
     load_kernel_denoiser,
@@ -195,7 +196,8 @@ def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Te
     learned = {
         "power spectra, phase zero": lambda: spectrum_kernel(*sets(e, seed), **common),
         "power spectra, phase retrieved": partial(retrieved, e, seed),
-        "moments": lambda: Moments(*sets(e, seed), **common, seed=seed).fit(retrieved(e, seed), steps=e.steps).cpu(),
+        "moments": partial(fitted, e, seed),
+        "moments, then indirect inference": partial(indirect, e, seed),
         "networks, from a blot": partial(networks, e, seed, common),
     }
     return known | learned | one
@@ -203,6 +205,18 @@ def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Te
 
 def retrieved(e: Experiment, seed: int) -> Tensor:
     return retrieved_kernel(*sets(e, seed), noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
+
+
+@cache
+def fitted(e: Experiment, seed: int) -> Tensor:
+    moments = Moments(*sets(e, seed), noise_std=e.grey_noise, kernel_size=e.kernel, seed=seed)
+    return moments.fit(retrieved(e, seed), steps=e.steps).cpu()
+
+
+def indirect(e: Experiment, seed: int) -> Tensor:
+    """From the moments' kernel, with the image prior."""
+    prior = load_priors("cpu")["image"]
+    return indirect_kernel(*sets(e, seed), fitted(e, seed), prior, noise_std=e.grey_noise, seed=seed)
 
 
 def networks(e: Experiment, seed: int, common: dict) -> Tensor:
