@@ -309,10 +309,10 @@ _ = display.save_figure(figure, "07_field_restored.png")
 # %% [markdown]
 # Nine tenths of the decibels that the true PSFs bring back are back, far more than one kernel for all places can give.
 #
-# **Finer and larger**, by moments alone (an earlier version of the fit, which left that haze), with a field of 256
-# pixels, 8x8 PSFs of 13x13 (`python tests/unpaired.py --experiment 8x8`, an hour on one CPU core): one kernel for all
-# has MNC 0.81, each cell alone 0.945, with neighbours 0.975, and what they restore 26.8, 29.4 and 33.7 dB, the true
-# PSFs 36.0. Cells are as small as two and a half PSFs, and each shares its tiles with its neighbours.
+# **Finer and larger**, by moments alone, with a field of 256 pixels, 8x8 PSFs of 13x13 (`python tests/unpaired.py
+# --experiment 8x8`, over an hour on one CPU core): one kernel for all has MNC 0.81, each cell alone 0.945, with
+# neighbours 0.977, and what they restore 27.2, 29.1 and 34.1 dB, the true PSFs 36.0. Cells are as small as two and a
+# half PSFs, and each shares its tiles with its neighbours.
 #
 # ## A lens, calibrated with two apertures
 #
@@ -471,11 +471,11 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 # %% [markdown]
 # Many pictures tell what one does not. Restorations with a learned operator are 1.8 dB above the best that a single
 # picture gives (motion blur), 5.0 dB (the field) and 5.7 dB (the lens), and 0.3, 1.2 and 0.1 dB below those with the
-# true one, and 0.1 at 28x28 pixels of 256x256. In the field a single kernel cannot be right, wherever it comes from:
-# the retrieved one, `deblur` and FastEM all end near 29.5 dB. The mirror symmetry of the lens adds next to nothing. For
-# twice the resolution BlindDPS is no match: it sees 48x48 pixels, its kernel prior has seen motions more than blots,
-# and its pictures are worse than bicubic ones (EM's M-step is for a blur alone); other photographs tell more than the
-# small one itself, by 0.6 dB.
+# true one, 0.1 at 28x28 pixels of 256x256, and 1.9 in the finer field. In the field a single kernel cannot be right,
+# wherever it comes from: the retrieved one, `deblur` and FastEM all end near 29.5 dB. The mirror symmetry of the lens
+# adds next to nothing. For twice the resolution BlindDPS is no match: it sees 48x48 pixels, its kernel prior has seen
+# motions more than blots, and its pictures are worse than bicubic ones (EM's M-step is for a blur alone); other
+# photographs tell more than the small one itself, by 0.6 dB.
 #
 # ## Where it fails
 #
