@@ -318,8 +318,10 @@ _ = display.save_figure(figure, "05_fast_diffusion_em_result.png")
 print(f"mean {psnr_blurred:.1f} dB given, {psnr_fast:.1f} dB restored, kernel MNC {mnc_fast:.2f}")
 
 # %% [markdown]
-# Columns: given, restored, truth; the kernel found, the true one. The film of the first (its first estimates are far
-# outside the range of pictures, and are cut to it):
+# Columns: given, restored, truth; the kernel found, the true one. From no blur this is a gamble: on one CPU thread
+# instead of two, which only rounds sums in another order, the coffee came out better by 2.7 dB, and the cat was lost
+# (15.5 dB, MNC 0.58). The film of the first picture (its first estimates are far outside the range of pictures, and are
+# cut to it):
 
 # %%
 every = max(len(run.history["t"]) // 8, 1)
