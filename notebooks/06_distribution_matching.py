@@ -489,8 +489,8 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 
 # %% [markdown]
 # A thousand pictures tell more of the kernel than one: what is restored with the learned kernel is 1.8 dB above the
-# best that one picture gave by itself, and 0.2 dB below the true kernel. BlindDPS has few steps here; where its kernel
-# is wrong, the picture is worse than the blurred one.
+# best that one picture gave by itself, and 0.2 dB below the true kernel, with the image prior's help 0.1. BlindDPS has
+# few steps here; where its kernel is wrong, the picture is worse than the blurred one.
 #
 # Is this seed a lucky one? The same up to the moments' kernel, with four pictures each, on twelve seeds that nobody had
 # looked at (`python tests/unpaired.py --experiment 17x17 --seed 117 118 119 ... --only true moments`): MNC 0.95 to
