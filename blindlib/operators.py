@@ -167,12 +167,12 @@ class SpaceVaryingBlur:
                 continue
             psf, weight = psfs[own if len(psfs) > 1 else slice(None), *cell], weight[own]
             if self.weights_at == "sensor":
-                rows, columns = _extent(weight, -1, 0), _extent(weight, -2, 0)
+                rows, columns = _extent(weight, 1, 0), _extent(weight, 0, 0)
                 seen = padded[own, :, rows.start : rows.stop + k - 1, columns.start : columns.stop + l - 1]
                 weight = weight[..., rows, columns]
             else:
                 weight = _padded(weight, (k, l), self.boundary)
-                rows, columns = _extent(weight, -1, k - 1), _extent(weight, -2, l - 1)
+                rows, columns = _extent(weight, 1, k - 1), _extent(weight, 0, l - 1)
                 seen, weight = (weight * padded[own])[..., rows, columns], 1.0
                 rows, columns = slice(rows.start, rows.stop - k + 1), slice(columns.start, columns.stop - l + 1)
             if rows.start < rows.stop and columns.start < columns.stop:
@@ -651,8 +651,9 @@ def share(cell: tuple[int, int], cells: tuple[int, int], parts: Sequence[Part], 
 
 def _extent(weight: Tensor, along: int, margin: int) -> slice:
     """Where ``weight`` (n, 1, H, W) is not zero, and so much about it."""
-    at = weight.amax((0, 1)).any(along).nonzero()
-    length = weight.shape[-3 - along]
+    shown = weight.any(0)[0]
+    at = shown.any(along).nonzero()
+    length = shown.shape[1 - along]
     return slice(max(0, int(at[0]) - margin), min(length, int(at[-1]) + 1 + margin)) if len(at) else slice(0, 0)
 
 

@@ -281,8 +281,8 @@ def three_latents(y, priors, steps, step_size, seed):
 # %%
 blind = {name: priors[name] for name in ("image", "kernel", "tilt")}
 one_frame, y_one, _, tilt_one = degrade(truth[:1], None, seed)
-guidance = DPS.released().respaced(sizes["plain"])
 plain = three_latents(y_one, blind, sizes["plain"], gain(sizes["plain"]), seed)
+guidance = DPS.released().respaced(sizes["plain"])
 library = sample(y_one, one_frame, blind, steps=sizes["plain"], seed=seed, guidance=guidance)
 agreement = max((plain[name] - library.latents[name]).abs().max().item() for name in plain)
 assert agreement < 1e-2, agreement

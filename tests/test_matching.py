@@ -977,6 +977,7 @@ def test_errors_are_one_line(folders, more, message, capsys):
     assert main(arguments(folders, "--quiet", *more)) == 2
     *left_out, error = capsys.readouterr().err.splitlines()
     assert error.startswith("blindlib: " + message) and all(line.startswith("skipped: ") for line in left_out)
+    assert bool(left_out) == message.startswith("clean: no photograph")  # why there is none
     assert not (folders / "operator.safetensors").exists()
 
 
