@@ -415,7 +415,7 @@ _ = display.maps(maps)
 #   [arXiv 1804.06788](https://arxiv.org/abs/1804.06788)). If it is too often first or last, the samples huddle.
 #
 # Both are necessary, neither is enough: samples of the prior that ignore $y$ would pass. And one picture is one draw,
-# whose pixels go together; README has sixteen.
+# whose pixels go together; `figures/README.md` has sixteen.
 #
 # Three samplers on our photograph, and beside it on random fields whose prior is *exactly* known, a Gaussian with the
 # 1/f spectrum of images. There the network cannot be to blame: what is wrong is the sampler's own approximation. PiGDM
@@ -472,19 +472,19 @@ for name, (photo, gaussian) in honesty.items():
 # - **DPS and PiGDM** are nearly honest there (what PiGDM lacks are steps: try `6 * count`). What is wrong on the
 #   photograph comes from the network, which is no exact prior, and from formulas that hold for a Gaussian and are used
 #   for a photograph. This experiment does not tell the two apart. That the photograph is no dead leaves is not it:
-#   on dead leaves, on which the network was trained, the ratio of PiGDM is 1.6 as well (README).
+#   on dead leaves, on which the network was trained, the ratio of PiGDM is 1.6 as well (`figures/README.md`).
 # - **DiffPIR** goes on at each step from the *mean* of $x_0$ as if that were known, and what $x_0$ might have been
 #   besides is lost: it is too sure with nothing else wrong, and more steps help little.
 # - **Honest is not the same as good.** How far samples of DPS differ follows the step size, set by hand. With that of
-#   `DPS()`, over four scenes and four photographs, the ratio is about 1 (README), and each sample is further from the
-#   truth than one of DiffPIR's.
+#   `DPS()`, over four scenes and four photographs, the ratio is about 1 (there too), and each sample is further from
+#   the truth than one of DiffPIR's.
 #
 # ## Error bars that hold
 #
 # What is too short by a factor can be made longer by it. `blindlib.deblur` has `expected_error`: the spread of samples
 # of DiffPIR, which are quick, averaged over a few pixels, times a factor that was measured on scenes and photographs
-# whose truth is known (`python tests/calibration.py`; README has the figures). It says how wrong `restore` is to be
-# expected to be, the restoration that `deblur` ends with.
+# whose truth is known (`python tests/calibration.py`; its figures are with the others). It says how wrong `restore`
+# is to be expected to be, the restoration that `deblur` ends with.
 
 # %%
 restored = restore(y[:1], kernel, shipped, Blur("circular"), noise_std)

@@ -3,10 +3,11 @@
 Fresh scenes and photographs, seeded motion kernels, circular boundary, the shipped priors. Noise is given as in the
 Fast Diffusion EM paper, in 255ths of the range [0, 1]: 10 is a standard deviation of 20 / 255 = 0.078 on our [-1, 1].
 What is blurred are the values, as in all papers; or, with ``--response srgb``, the light that they stand for, as in a
-camera. Every result is written to the JSON file as soon as it is there, one for each method and image; a run that was
-stopped goes on with what is missing, and ``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several
-at once, and ``--batch`` several images in one batch, which keeps a GPU busy and gives the same images: of such a run
-there are no seconds, as none would be one image's.
+camera. ``--pages`` takes printed pages instead, and one of the two image priors. Every result is written to the JSON
+file as soon as it is there, one for each method and image; a run that was stopped goes on with what is missing, and
+``--show`` only prints the table. ``--jobs`` and ``--cluster`` measure several at once, and ``--batch`` several images
+in one batch, which keeps a GPU busy and gives the same images: of such a run there are no seconds, as none would be one
+image's.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from blindlib import (
     motion_kernels,
     psnr,
     sample,
+    text_images,
 )
 from blindlib.baselines import no_blur
 from blindlib.deblur import EM_STEPS, GUESSES, ROUND_STEPS, ROUNDS, read_image, resize, restore
@@ -70,9 +72,15 @@ def photographs(seed: int, size: int) -> Tensor:
     return torch.cat(out)
 
 
-def measured(size: int, noise_std: float, seed: int, response: str = "linear") -> tuple[Tensor, Tensor, Tensor]:
-    """Eight scenes, then eight photographs; their kernels; and what is measured of them."""
-    x = torch.cat([dead_leaves(8, size, seed=seed), photographs(seed, size)])
+def measured(
+    size: int, noise_std: float, seed: int, response: str = "linear", pages: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eight scenes, then eight photographs, or sixteen pages; their kernels; and what is measured of them."""
+    x = (
+        text_images(16, size, seed=seed)
+        if pages
+        else torch.cat([dead_leaves(8, size, seed=seed), photographs(seed, size)])
+    )
     k = motion_kernels(16, WINDOW, seed=seed + 1)
     y = blur_of("circular", response)(x, k) + noise_std * torch.randn(
         x.shape, generator=torch.Generator().manual_seed(seed + 2)
@@ -181,6 +189,7 @@ class Cell:
     items: tuple[str, ...]
     noise_std: float
     response: str
+    prior: str
     x: Tensor
     k: Tensor
     y: Tensor
@@ -201,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, choices=range(1, 9), metavar="N", default=4, help="of each kind, 1 to 8")
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--response", choices=RESPONSES, default="linear", help="what is blurred: values, or light")
+    parser.add_argument("--pages", choices=("image", "text"), help="printed pages instead, with this image prior")
     parser.add_argument("--only", nargs="+", help="methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path("figures/benchmark.json"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
@@ -257,23 +267,25 @@ def setting_of(a: argparse.Namespace, size: int, noise: str) -> str:
 def grid(a: argparse.Namespace, size: int, noise: float, table: dict) -> list[Cell]:
     """What the table lacks of one size and noise level, ``a.batch`` images of a method together."""
     noise_std, n = 2 * noise / 255, a.images
-    x, k, y = measured(size, noise_std, a.seed, a.response)
+    x, k, y = measured(size, noise_std, a.seed, a.response, pages=a.pages is not None)
     names = list(methods(y[:1], k[:1], noise_std, load_priors("cpu"), a.response))
     names = ["blurred", *(name for name in names if a.only is None or any(part in name for part in a.only))]
-    setting, cells = setting_of(a, size, f"noise {noise:g}/255"), []
-    items = {f"scene {i}": i for i in range(n)} | {f"photograph {i}": 8 + i for i in range(n)}
+    pages = f", pages, {a.pages} prior" if a.pages else ""
+    setting, cells = setting_of(a, size, f"noise {noise:g}/255") + pages, []
+    kinds = {"page": 0} if a.pages else {"scene": 0, "photograph": 8}
+    items = {f"{kind} {i}": first + i for kind, first in kinds.items() for i in range(n)}
     for name in names:
         left = [item for item in items if item not in table["results"].get(setting, {}).get(name, {})]
         for start in range(0, len(left), a.batch):
             some = tuple(left[start : start + a.batch])
             at = [items[item] for item in some]
-            cells.append(Cell(setting, name, some, noise_std, a.response, x[at], k[at], y[at]))
+            cells.append(Cell(setting, name, some, noise_std, a.response, a.pages or "image", x[at], k[at], y[at]))
     return cells
 
 
 @cache
-def load_priors(device: str) -> dict:
-    return {name: load_prior(name, device=device) for name in ("image", "kernel")}
+def load_priors(device: str, image: str = "image") -> dict:
+    return {name: load_prior(which, device=device) for name, which in (("image", image), ("kernel", "kernel"))}
 
 
 def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
@@ -285,7 +297,7 @@ def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
     if cell.method == "blurred":
         result, extra = Result({"image": y}, 1, torch.zeros(len(y)), 0, 0.0, {}), {}
     else:
-        method = methods(y, k, cell.noise_std, load_priors(device), cell.response)[cell.method]
+        method = methods(y, k, cell.noise_std, load_priors(device, cell.prior), cell.response)[cell.method]
         began = time.perf_counter()
         try:
             result = method()
@@ -321,7 +333,9 @@ def markdown(table: dict) -> str:
         ("evaluations", "evaluations", 0),
     ]
     for setting, of_setting in table["results"].items():
-        for kind in ("scene", "photograph"):
+        for kind in ("scene", "photograph", "page"):
+            if not any(item.startswith(kind) for items in of_setting.values() for item in items):
+                continue
             lines += ["", f"**{setting}, {kind}s**", ""]
             lines += ["| | " + " | ".join(title for _, title, _ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
             for name, items in of_setting.items():

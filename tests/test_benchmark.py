@@ -61,7 +61,7 @@ def test_several_jobs_measure_the_same(tmp_path):
 
     # What a worker is asked a second time, since another died after its result was home, it does not do.
     empty = torch.zeros(0)
-    cell = benchmark.Cell(setting, "blurred", ("scene 0",), 0.1, "linear", empty, empty, empty)
+    cell = benchmark.Cell(setting, "blurred", ("scene 0",), 0.1, "linear", "image", empty, empty, empty)
     assert benchmark.measure(cell, tmp_path / "1.json") == (cell, None)
 
 

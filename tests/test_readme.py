@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 PAGES = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.py")]
@@ -31,10 +33,11 @@ def test_badges_lead_to_files_in_this_repository():
     assert found >= 6
 
 
-def test_relative_links_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    local = [l for l in re.findall(r"\]\(([^)\s]+)\)", text) if not l.startswith(("http", "#"))]
-    assert local and all((ROOT / l).exists() for l in local), [l for l in local if not (ROOT / l).exists()]
+@pytest.mark.parametrize("page", ["README.md", "figures/README.md"])
+def test_relative_links_exist(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
+    local = [(ROOT / page).parent / l for l in links if not l.startswith(("http", "#"))]
+    assert local and all(l.exists() for l in local), [l for l in local if not l.exists()]
 
 
 def test_the_make_targets_that_the_readme_names_exist():
