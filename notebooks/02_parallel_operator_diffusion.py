@@ -283,7 +283,7 @@ print(f"largest difference of any pixel, of image or kernel: {agreement:.1e}")
 
 # %%
 if preset != "ci":
-    print("about a minute on two CPU cores, a few minutes on a GPU at full size")
+    print("about a minute on two CPU cores, or on a GPU at full size")
 steps = sizes["main"]
 blind = sample(
     y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), history=min(steps, 40), progress=True
@@ -392,7 +392,7 @@ cases = {
     "uniform": (uniform, DPS.released()),
 }
 if preset != "ci":
-    print("two to three minutes on two CPU cores, half an hour on a GPU at full size")
+    print("two to three minutes on two CPU cores, or on a GPU at full size")
 steps = sizes["ablation"]
 ablation = {}
 for name, (chosen, guidance) in tqdm(cases.items(), "ablations"):
@@ -455,7 +455,7 @@ figure = display.show(
 # %%
 count, steps = sizes["posterior"]
 if preset != "ci":
-    print("about a minute on two CPU cores, a quarter of an hour on a GPU at full size")
+    print("about a minute on two CPU cores, less on a GPU at full size")
 several = sample(
     y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), samples=count, progress=True
 )
@@ -526,7 +526,7 @@ print(f"mean {each_psnr.mean().item():.1f}, best {each_psnr.max().item():.1f}, w
 # %%
 trips, length = sizes["returns"]
 if preset != "ci":
-    print("about a minute on two CPU cores, half an hour on a GPU at full size")
+    print("about a minute on two CPU cores, less on a GPU at full size")
 down = priors["image"].schedule.timesteps(length, first=300)
 returned = sample(
     y[:1].expand(count, -1, -1, -1), blur, priors, steps=trips * down, seed=list(range(seed + 1, seed + 1 + count)),
@@ -563,7 +563,7 @@ print(f"after {trips} returns {psnr_returned:.1f} dB, MNC {mnc_returned:.2f}")
 
 # %%
 if preset != "ci":
-    print("half a minute on two CPU cores, ten minutes on a GPU at full size")
+    print("half a minute on two CPU cores, or on a GPU at full size")
 sky = photograph(data.rocket(), 0, 288, 128).to(device)
 bright = 1.6 * (truth[:1] + 1) - 1  # light, as it falls in: some of it above what the sensor can tell
 wide = motion_kernels(1, min(2 * window, side), extent=(0.85, 0.95), seed=seed).to(device)
@@ -614,7 +614,7 @@ display.scrubber(blind.history)
 
 # %%
 if preset != "ci":
-    print("about a minute on two CPU cores, a quarter of an hour on a GPU at full size")
+    print("about a minute on two CPU cores, less on a GPU at full size")
 names, shakes, levels = list(photos)[1:], ["small", "large"], [0.02, 0.1]
 small = motion_kernels(1, window, extent=(0.15, 0.2), seed=seed + 1)
 large = motion_kernels(1, window, extent=(0.55, 0.6), seed=seed + 1)
