@@ -123,7 +123,10 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         done = a.run(a)
-    except (OSError, ValueError, TypeError, ArithmeticError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        # A CPU's want of memory is a plain RuntimeError of torch's; any other one is a fault of ours.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(f"blindlib: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -191,7 +194,7 @@ def _options(a: argparse.Namespace) -> dict:
 
 
 def _learn_operator(a: argparse.Namespace) -> str:
-    if a.out.suffix != ".safetensors" or not a.out.parent.is_dir():
+    if a.out.suffix != ".safetensors" or a.out.is_dir() or not a.out.parent.is_dir():
         raise ValueError(f"out: expected a .safetensors file in a folder that exists, got {str(a.out)!r}")
     if a.kernel_out is not None:
         check_output(a.kernel_out)

@@ -628,12 +628,12 @@ def read_image(photo: Photo) -> Tensor:
             raise FileNotFoundError(f"photo: no file {os.fspath(photo)!r}")
         try:
             with Image.open(photo) as opened:
-                opened.load()
-                turn = UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
-                photo = _in_srgb(opened if turn is None else opened.transpose(turn))
+                photo = _decoded(opened)
         except Exception as error:  # of damaged files Pillow raises a dozen kinds
             reason = str(error) or type(error).__name__
             raise ValueError(f"photo: {os.fspath(photo)!r} cannot be read as an image ({reason})") from None
+    elif isinstance(photo, Image.Image):
+        photo = _decoded(photo)
     if isinstance(photo, Image.Image):
         if photo.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
             photo = np.asarray(photo).astype(np.float32) / (65535 if photo.mode != "F" else 1)
@@ -656,6 +656,13 @@ def read_image(photo: Photo) -> Tensor:
     if x.shape[2] == 4:
         x = x[:, :, :3] * x[:, :, 3:] + 1 - x[:, :, 3:]
     return 2 * x.expand(*x.shape[:2], 3).permute(2, 0, 1)[None].contiguous() - 1
+
+
+def _decoded(photo: Image.Image) -> Image.Image:
+    """Upright, and in sRGB."""
+    photo.load()
+    turn = UPRIGHT.get(photo.getexif().get(ExifTags.Base.Orientation))
+    return _in_srgb(photo if turn is None else photo.transpose(turn))
 
 
 def _in_srgb(photo: Image.Image) -> Image.Image:

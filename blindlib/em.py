@@ -294,7 +294,7 @@ def fit_kernel(
     check_counts(iterations=iterations)
 
     spectrum = torch.fft.rfft2(x)
-    z = kernel0.expand(len(y), -1, -1, -1)
+    z = kernel0.to(y).expand(len(y), -1, -1, -1)
 
     def pooled(products: Tensor) -> Tensor:
         over_samples = products.sum(1)
@@ -534,7 +534,7 @@ def diffusion_em(
 
 
 def _shifted(seed: int | Sequence[int], by: int) -> int | list[int]:
-    return seed + by if isinstance(seed, int) else [s + by for s in seed]
+    return [s + by for s in seed] if isinstance(seed, Sequence) else seed + by
 
 
 def as_published(kernel_size: int) -> dict:

@@ -473,6 +473,19 @@ def learn_operator(
     ys = _checked("degraded", degraded, max(patch, 2 * kernel_size - 1) if blind else patch)
     if len(xs[0]) != len(ys[0]):
         raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
+    shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
+    model = _Pixels(shape) if parameters is None else copy.deepcopy(parameters)
+    if model().shape != shape:
+        raise ValueError(f"parameters: expected such as give a kernel of shape {shape}, got {tuple(model().shape)}")
+    for name, given in (("start", start), ("truth", truth)):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+    if start is not None and not (bool((start >= 0).all()) and bool(((start.sum((-2, -1)) - 1).abs() < 1e-3).all())):
+        raise ValueError("start: expected a kernel, non-negative and of sum one; divide it by its sum")
+    channels = len(ys[0]) + 2 * varying
+    if flow is not None and flow.in_channels != channels:
+        raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
+    _check_patch(patch, FLOW_STRIDE if flow is None else flow.stride)
     team = Team(device)
     device = team.device
     common = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
@@ -498,18 +511,9 @@ def learn_operator(
             first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
         start, moments.noise_std = first.kept["kernel"][0], first.kept["noise_std"][0].to(moments.noise_std)
     noise_std = float(moments.noise_std)
-    shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
-    if start.shape != shape:
-        raise ValueError(f"start: expected shape {shape}, got {tuple(start.shape)}")
-    model = _Pixels(shape) if parameters is None else copy.deepcopy(parameters)
-    if model().shape != shape:
-        raise ValueError(f"parameters: expected such as give a kernel of shape {shape}, got {tuple(model().shape)}")
     if flow is None:
         shared = dict(seed=seed, folder=folder, device=device, progress=progress)
         flow = fit_flow(ys, patch=patch, positions=varying, **shared)
-    channels = len(ys[0]) + 2 * varying
-    if flow.in_channels != channels:
-        raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
 
     data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
     about |= dict(parameters=_fingerprint(model.parameters()))
@@ -852,7 +856,7 @@ def indirect_kernel(
     noise_std : float
         Of the degraded images, on the [-1, 1] scale.
     patches : int
-        Of each set, drawn at random, of up to 64 pixels a side; fewer tell less.
+        Of each set, drawn at random, of up to 64 pixels a side (more for a larger kernel); fewer tell less.
     rounds : int
     steps : int
         Network evaluations of each restoration.
@@ -882,12 +886,12 @@ def indirect_kernel(
     if len(xs[0]) != channels or channels not in (1, prior.shape[0]):
         raise ValueError(f"clean, degraded: expected 1 or {prior.shape[0]} channels, got {len(xs[0])} and {channels}")
     # A patch and the scene behind it, which the prior takes.
-    side = min(64, min(min(y.shape[1:]) for y in ys), min(min(x.shape[1:]) for x in xs) - grow)
+    side = min(max(64, grow + stride), min(min(y.shape[1:]) for y in ys), min(min(x.shape[1:]) for x in xs) - grow)
     side -= (side + grow) % stride
     if side <= grow:
         least = 2 * grow + stride
         raise ValueError(f"clean, degraded: too small for a kernel of {grow + 1}, {least}x{least} pixels are enough")
-    kernel = start.to(prior.device)
+    kernel = start.to(prior.device).float()
     blur, g = Blur("valid"), torch.Generator().manual_seed(seed)
     measured = _patches(ys, patches, (side, side), g)[0].to(kernel)
     scenes = _patches(xs, patches, (side + grow, side + grow), g)[0].to(kernel)
@@ -1232,9 +1236,13 @@ class _Run:
 def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
     with _seeded(seed):
         net = UNet(channels + 2 * positions, channels, **settings).to(memory_format=torch.channels_last)
-    if patch % net.stride:
-        raise ValueError(f"patch: expected a multiple of the net's stride, {net.stride}, got {patch}")
+    _check_patch(patch, net.stride)
     return net
+
+
+def _check_patch(patch: int, stride: int) -> None:
+    if patch % stride:
+        raise ValueError(f"patch: expected a multiple of the net's stride, {stride}, got {patch}")
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
@@ -1246,7 +1254,8 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: i
 
 def _generator(seed: int, phase: int, step: int, rank: int) -> torch.Generator:
     """Random numbers of a process's step depend on nothing but it: a resumed run draws what it would have drawn."""
-    return torch.Generator().manual_seed(2 * (100_000_007 * (seed + 1 + 1_000_003 * rank) + step) + phase)
+    number = 2 * (100_000_007 * (seed + 1 + 1_000_003 * rank) + step) + phase
+    return torch.Generator().manual_seed(number % 2**63)
 
 
 @contextlib.contextmanager
@@ -1340,6 +1349,8 @@ def _operator(operator: Operator | None) -> Operator:
         raise TypeError(f"operator: expected a Blur, Downsample or SpaceVaryingBlur, got {type(operator).__name__}")
     if operator.boundary != "valid":
         raise ValueError(f"operator: expected the boundary 'valid', got {operator.boundary!r}; patches have no other")
+    if getattr(operator, "weights_at", "sensor") != "sensor":
+        raise ValueError(f"operator: expected weights_at='sensor', which PSFs are fitted for, got {operator!r}")
     return operator
 
 

@@ -670,6 +670,8 @@ def _check_floats(image: Tensor, **other: Tensor) -> None:
             raise ValueError(f"{name}: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
         if x.device != image.device:
             raise ValueError(f"{name}: is on {x.device}, the image on {image.device}; move one with .to(device)")
+        if x.dtype != image.dtype:
+            raise TypeError(f"{name}: is of {x.dtype}, the image of {image.dtype}; convert one with .to(dtype)")
 
 
 def _check_pair(image: Tensor, kernel: Tensor) -> None:

@@ -626,7 +626,8 @@ class _Noise:
         seeds = [seed] if one else list(seed) if isinstance(seed, Sequence) else []
         if not all(isinstance(s, int) for s in seeds) or len(seeds) not in ((1,) if one else (batch,)):
             raise ValueError(f"seed: expected an int, or one for each of {batch} measurements, got {seed!r}")
-        self.generators = [torch.Generator().manual_seed(s * 1_000_003 + j) for s in seeds for j in range(samples)]
+        numbers = [(s * 1_000_003 + j) % 2**63 for s in seeds for j in range(samples)]
+        self.generators = [torch.Generator().manual_seed(number) for number in numbers]
         self.repeat, self.device = batch if one else 1, device
 
     def __call__(self, *shape: int) -> Tensor:

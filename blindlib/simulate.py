@@ -642,8 +642,9 @@ def gaussian_kernels(
 ) -> Tensor:
     """Gaussian kernels, half of them anisotropic at a random angle.
 
-    ``std`` bounds the (log-uniform) standard deviation in pixels; equal bounds give that one, isotropic. Other
-    parameters, result and errors as :func:`motion_kernels`.
+    ``std`` bounds the (log-uniform) standard deviation in pixels; equal bounds give that one, isotropic. Their peak is
+    at pixel ``size // 2``; the centre of mass of one that a window of even size cuts off is not. Other parameters,
+    result and errors as :func:`motion_kernels`.
     """
     _check_kernel(n, size, std, "std", math.inf)
     draw = _Draw(seed, device)
@@ -682,7 +683,7 @@ def blur_kernels(n: int, size: int, *, seed: Seed = 0, device: str | torch.devic
     kind = draw.uniform(n)
     common = dict(seed=g, device=device)
     large = motion_kernels(n, size, extent=(0.2, 0.95), **common)
-    small = motion_kernels(n, size, extent=(2 / size, 0.4), **common)
+    small = motion_kernels(n, size, extent=(2 / size, max(2 / size, 0.4)), **common)
     straight = linear_kernels(n, size, extent=(2 / size, 0.9), **common)
     gauss = gaussian_kernels(n, size, std=(0.3, size / 7), **common)
     disc = defocus_kernels(n, size, radius=(0.5, size / 3.5), **common)

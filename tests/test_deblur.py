@@ -92,6 +92,7 @@ def test_pictures_are_turned_upright_whatever_else_exif_says(orientation, more, 
         5: x.swapaxes(0, 1), 6: x.swapaxes(0, 1)[:, ::-1], 7: x[::-1, ::-1].swapaxes(0, 1), 8: x.swapaxes(0, 1)[::-1],
     }[orientation]  # fmt: skip
     assert torch.equal(read_image(tmp_path / "a.png"), read_image(upright.copy()))
+    assert torch.equal(read_image(Image.open(tmp_path / "a.png")), read_image(upright.copy()))
 
 
 def test_grey_palette_sixteen_bits_and_transparency(tmp_path):

@@ -721,6 +721,10 @@ def test_images_of_any_size(sets):
         (dict(noise_std=None), ValueError, "noise_std: has to be given with a start"),
         (dict(operator=print), TypeError, "operator: expected a Blur, Downsample or SpaceVaryingBlur, got built"),
         (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
+        (dict(start=torch.ones(1, 1, 7, 7)), ValueError, "start: expected a kernel, non-negative and of sum one"),
+        (dict(truth=torch.ones(7, 7)), ValueError, r"truth: expected shape \(1, 1, 7, 7\), got \(7, 7\)"),
+        (dict(patch=30, start=None), ValueError, "patch: expected a multiple of the net's stride, 4, got 30"),
+        (dict(operator=SpaceVaryingBlur(weights_at="scene")), ValueError, "operator: expected weights_at='sensor'"),
         (
             dict(parameters=DeepLinear((3, 3))),
             ValueError,

@@ -109,6 +109,8 @@ def test_bad_input():
         Blur("mirror")
     with pytest.raises(TypeError, match="image: expected a floating-point tensor, got ndarray"):
         blur(x.numpy(), k)
+    with pytest.raises(TypeError, match="kernel: is of torch.float64, the image of torch.float32"):
+        Blur()(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 3, 3).double() / 9)
     with pytest.raises(TypeError, match=r"kernel: .*torch.uint8"):
         blur(x, k.byte())
     with pytest.raises(ValueError, match=r"image: expected 4 dimensions"):

@@ -23,6 +23,12 @@ from blindlib import (
 MAKERS = [motion_kernels, linear_kernels, gaussian_kernels, defocus_kernels, blur_kernels]
 
 
+def test_the_smallest_mixture_of_kernels():
+    k = blur_kernels(50, 3, seed=0)
+    assert (k >= 0).all()
+    torch.testing.assert_close(k.sum((1, 2, 3)), torch.ones(50))
+
+
 @pytest.mark.parametrize("make", MAKERS)
 @given(n=st.integers(1, 5), size=st.integers(17, 40), seed=st.integers(0, 10_000))
 def test_kernels_are_kernels(make, n, size, seed):
