@@ -535,6 +535,20 @@ def test_what_was_blurred_is_handed_on(tmp_path, monkeypatch, told, handed_on):
     assert {name: value for name, value in given.items() if name == "response"} == handed_on
 
 
+def test_want_of_memory_is_one_line_and_a_fault_of_ours_a_traceback(tmp_path, monkeypatch, capsys):
+    def fail(*a, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(sys.modules["blindlib.__main__"], "deblur", fail)
+    write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
+    command = ["deblur", str(tmp_path / "in.png"), "--out", str(tmp_path / "out.png")]
+    said = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+    assert main(command) == 2 and said in capsys.readouterr().err
+    said = "shapes do not match"
+    with pytest.raises(RuntimeError, match=said):
+        main(command)
+
+
 def test_white_is_an_error_of_a_quarter_of_the_range(tmp_path, monkeypatch):
     write_image(torch.zeros(1, 3, 64, 64), tmp_path / "in.png")
     x, error = torch.zeros(1, 3, 1, 4), torch.tensor([0.0, 0.25, 0.5, 0.9])[None, None, None]
