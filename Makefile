@@ -40,7 +40,7 @@ demo: .venv/ready  ## a blurred photograph made sharp (PHOTO=my.jpg for your own
 test: .venv/ready  ## lint, tests, every notebook at "ci" against its baseline, pairing, committed outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 lab: .venv/ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -12,11 +12,6 @@ from skimage import data
 from blindlib import motion_kernels
 from blindlib.deblur import read_image, resize
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared, by this process and by the notebooks that it starts
-    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-    torch.set_num_threads(share)
-    os.environ["OMP_NUM_THREADS"] = str(share)
-
 settings.register_profile("blindlib", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("blindlib")
 
