@@ -21,8 +21,8 @@
 # does not fit a tilt, replace it by a step of optical flow, and put a number on what can be known: with the image
 # given, with eight frames, and with a single one, where it fails, for a reason.
 #
-# **What you need.** The notebook `02_parallel_operator_diffusion`. No GPU: about ten minutes on two idle CPU
-# cores.
+# **What you need.** The notebook `02_parallel_operator_diffusion`. No GPU: eleven to twelve minutes on two idle
+# CPU cores.
 
 # %%
 import importlib.util
