@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from numbers import Integral
 
+import torch
+from torch import Tensor
+
 
 def check_counts(**counts: int | None) -> None:
     """ValueError that names the first that is no positive integer; None stands for one that is not given."""
@@ -27,6 +30,14 @@ def check_noise(noise_std: float | None, *, optional: bool = False) -> None:
         return
     if noise_std is None or not 0 <= noise_std < 1:
         raise ValueError(f"noise_std: expected a number in [0, 1), on the [-1, 1] scale, got {noise_std}")
+
+
+def check_kernel(**kernels: Tensor) -> None:
+    """ValueError that names the first that has not non-negative values of sum one, over its last two dimensions."""
+    for name, kernel in kernels.items():
+        total = kernel.sum((-2, -1))
+        if not bool((kernel >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
+            raise ValueError(f"{name}: expected a kernel, non-negative and of sum one; divide it by its sum")
 
 
 def check_priors(priors: Mapping[str, object], *names: str) -> None:

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_noise, check_positive, check_priors
+from blindlib.checks import check_counts, check_kernel, check_noise, check_positive, check_priors
 from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -257,9 +257,7 @@ def _check_known(kernel: Tensor) -> None:
     shape = tuple(kernel.shape) if isinstance(kernel, Tensor) else type(kernel).__name__
     if not isinstance(kernel, Tensor) or kernel.ndim not in (4, 6) or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"kernel: expected shape (1, 1, K, K), or (1, rows, columns, 1 or 3, K, K); got {shape}")
-    total = kernel.sum((-2, -1))
-    if not bool((kernel >= 0).all()) or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
-        raise ValueError("kernel: expected values that are not negative and have the sum 1")
+    check_kernel(kernel=kernel)
 
 
 def deblur_folder(

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.baselines import differences
-from blindlib.checks import check_counts, check_noise, check_positive
+from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
 from blindlib.em import Threshold, fit_kernel
 from blindlib.files import save_whole
 from blindlib.jobs import Team
@@ -480,8 +480,8 @@ def learn_operator(
     for name, given in (("start", start), ("truth", truth)):
         if given is not None and given.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
-    if start is not None and not (bool((start >= 0).all()) and bool(((start.sum((-2, -1)) - 1).abs() < 1e-3).all())):
-        raise ValueError("start: expected a kernel, non-negative and of sum one; divide it by its sum")
+    if start is not None:
+        check_kernel(start=start)
     channels = len(ys[0]) + 2 * varying
     if flow is not None and flow.in_channels != channels:
         raise ValueError(f"flow: a net of {flow.in_channels} channels, the images (and positions) have {channels}")
@@ -880,6 +880,7 @@ def indirect_kernel(
     check_counts(patches=patches, rounds=rounds, steps=steps)
     if start.ndim != 4 or start.shape[:2] != (1, 1) or start.shape[2] != start.shape[3]:
         raise ValueError(f"start: expected shape (1, 1, K, K), got {tuple(start.shape)}")
+    check_kernel(start=start)
     grow = start.shape[-1] - 1
     xs, ys = _checked("clean", clean, 1), _checked("degraded", degraded, 1)
     channels, stride = len(ys[0]), prior.stride

@@ -783,6 +783,7 @@ def test_indirect_inference_comes_nearer_and_stays_at_the_truth(image_prior):
     "changes, said",
     [
         (dict(start=torch.ones(1, 1, 9, 7)), "start: expected shape (1, 1, K, K), got (1, 1, 9, 7)"),
+        (dict(start=torch.ones(1, 1, 9, 9)), "start: expected a kernel, non-negative and of sum one"),
         (dict(clean=torch.zeros(2, 2, 40, 40)), "clean, degraded: expected 1 or 3 channels, got 2 and 1"),
         (dict(degraded=torch.zeros(2, 1, 15, 15)), "clean, degraded: too small for a kernel of 9, 24x24 pixels are"),
         (dict(noise_std=0.0), "noise_std: expected a positive number, got 0.0"),
