@@ -16,20 +16,16 @@ from blindlib.em import (
     load_kernel_denoiser,
     prior_denoiser,
 )
-from blindlib.matching import (
-    DeepLinear,
+from blindlib.matching import DeepLinear, Learned, fit_flow, learn_operator, load_operator
+from blindlib.metrics import mnc, psnr, tilt_error
+from blindlib.moments import (
     FieldMoments,
-    Learned,
     Moments,
-    fit_flow,
     indirect_kernel,
-    learn_operator,
-    load_operator,
     mirrored,
     retrieved_kernel,
     spectrum_kernel,
 )
-from blindlib.metrics import mnc, psnr, tilt_error
 from blindlib.operators import Blur, Downsample, LinearLight, SpaceVaryingBlur, Turbulence
 from blindlib.priors import (
     DiffusionPrior,

@@ -18,7 +18,8 @@ from blindlib.checks import check_counts, check_noise
 from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
 from blindlib.em import RESPONSES
 from blindlib.jobs import Team
-from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator, mirrored
+from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
+from blindlib.moments import mirrored
 from blindlib.operators import SpaceVaryingBlur, to_light
 
 

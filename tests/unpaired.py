@@ -215,8 +215,8 @@ def fitted(e: Experiment, seed: int) -> Tensor:
 
 def indirect(e: Experiment, seed: int) -> Tensor:
     """From the moments' kernel, with the image prior."""
-    prior = load_priors("cpu")["image"]
-    return indirect_kernel(*sets(e, seed), fitted(e, seed), prior, noise_std=e.grey_noise, seed=seed)
+    prior = load_priors("cuda" if torch.cuda.is_available() else "cpu")["image"]
+    return indirect_kernel(*sets(e, seed), fitted(e, seed), prior, noise_std=e.grey_noise, seed=seed).cpu()
 
 
 def networks(e: Experiment, seed: int, common: dict) -> Tensor:
