@@ -153,23 +153,23 @@ def test_dpir_on_a_gaussian_ends_where_the_algebra_says(g):
     """x = (h* y + alpha z) / (|h|^2 + alpha) and z = S / (S + sigma^2) x hold each other at one noise level."""
     prior, std, strength = GaussianPrior(0.0, spectrum=spectrum(16)), 0.05, 0.7
     k, y = gaussian_kernels(1, 5, std=(0.6, 0.8), seed=0), 0.5 * torch.randn(1, 1, 16, 16, generator=g)
-    found = dpir(y, partial(Blur(), kernel=k), prior, std, first=std, strength=strength, steps=600)
+    found = dpir(y, partial(Blur(), kernel=k), prior, std, first=std, last=1.0, strength=strength, steps=600)
     h, s, sigma = otf(k, (16, 16)), prior.spectrum, prior.schedule.sigma(prior.schedule.time(std))
     gain = s * h.conj() / ((s + sigma**2) * h.abs() ** 2 + strength * std**2)
     torch.testing.assert_close(found, torch.fft.irfft2(gain * torch.fft.rfft2(y), s=(16, 16)), atol=1e-4, rtol=1e-3)
 
 
 def test_dpir_step_by_step(g):
-    """Its noise levels, from the first to that of the measurement, and what it starts from: A^T y / A^T 1."""
+    """Its noise levels, of which the last is told in units of the measurement's; it starts from A^T y / A^T 1."""
     prior, k = GaussianPrior(0.1, spectrum=spectrum(16)), motion_kernels(1, 7, seed=2)
     y = 0.5 * torch.randn(1, 1, 10, 10, generator=g)
     blur = Blur("valid")
     z = blur.adjoint(y, k) / blur.adjoint(torch.ones_like(y), k).clamp(min=1e-3)
-    for level in (0.4, 0.2, 0.1):
+    for level in (0.4, 0.16, 0.064):
         t = prior.schedule.time(level)
         a, sigma = prior.schedule.alpha_bar(t), prior.schedule.sigma(t)
         z = prior.denoise(a**0.5 * blur.solve(y, k, z, 0.3 * (0.1 / sigma) ** 2), t)
-    found = dpir(y, partial(blur, kernel=k), prior, 0.1, steps=3, strength=0.3, first=0.4)
+    found = dpir(y, partial(blur, kernel=k), prior, 0.1, steps=3, strength=0.3, first=0.4, last=0.64)
     torch.testing.assert_close(found, z, atol=1e-5, rtol=1e-4)
 
 
@@ -577,6 +577,7 @@ def test_diffpir_needs_a_solver(small_priors, y):
         (dict(steps=0), ValueError, "steps: expected a positive integer, got 0"),
         (dict(strength=0.0), ValueError, "strength: expected a positive number, got 0.0"),
         (dict(first=math.inf), ValueError, "first: expected a positive number, got inf"),
+        (dict(last=0.0), ValueError, "last: expected a positive number, got 0.0"),
         (
             dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), math.nan))),
             ArithmeticError,
