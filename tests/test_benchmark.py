@@ -84,14 +84,14 @@ def test_light_is_blurred_on_demand(tmp_path):
 def test_a_batch_measures_the_same_as_single_images(tmp_path):
     some = "kernel known, DiffPIR", "kernel known, DPIR", "FastEM-PiGDM, n = 1, 30"
     tables = []
-    for batch in ("1", "3"):
+    for batch in ("1", "2"):
         out = tmp_path / f"{batch}.json"
-        benchmark.main(["--images", "2", "--only", *some, "--batch", batch, "--out", str(out)])
+        benchmark.main(["--images", "1", "--only", *some, "--batch", batch, "--out", str(out)])
         tables.append(next(iter(json.loads(out.read_text())["results"].values())))
     single, several = tables
     assert list(single) == list(several) and len(single) == 4
     for method, items in single.items():
-        assert list(items) == ["scene 0", "scene 1", "photograph 0", "photograph 1"] == list(several[method])
+        assert list(items) == ["scene 0", "photograph 0"] == list(several[method])
         for item, entry in items.items():
             assert {key for key in entry if key != "seconds"} == set(several[method][item])  # no seconds of its own
             for key in set(entry) - {"seconds"}:

@@ -289,9 +289,9 @@ def test_a_noise_level_that_is_not_known_is_found(sets):
 def test_the_blur_before_a_lower_resolution(sets):
     """From high-resolution scenes and low-resolution ones of other scenes; the kernel is finer than the pixels."""
     k, double = sets[2], Downsample(2)
-    y = double(dead_leaves(600, 70, seed=1), k)
+    y = double(dead_leaves(400, 70, seed=1), k)
     y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    moments = Moments(dead_leaves(200, 70, seed=3), y, double, noise_std=0.01, kernel_size=7)
+    moments = Moments(dead_leaves(150, 70, seed=3), y, double, noise_std=0.01, kernel_size=7)
     blot = matching._blot(7)
     found = moments.fit(blot, steps=60)
     assert mnc(found, k) > max(0.87, float(mnc(blot, k)) + 0.06)
@@ -774,7 +774,7 @@ def test_indirect_inference_comes_nearer_and_stays_at_the_truth(image_prior):
     degraded = Blur("valid")(scenes[:30], kernel)
     degraded = degraded + 0.02 * torch.randn(degraded.shape, generator=torch.Generator().manual_seed(1))
     clean, before = scenes[30:], degraded.clone()
-    options = dict(noise_std=0.02, patches=24, rounds=6)
+    options = dict(noise_std=0.02, patches=16, rounds=5)
     wrong = (kernel + kernel.flip(-1)) / 2
     near = indirect_kernel(clean, degraded, wrong, image_prior, **options)
     assert 1 - mnc(near, kernel) < (1 - mnc(wrong, kernel)) / 2, mnc(near, kernel)
