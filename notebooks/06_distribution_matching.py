@@ -76,8 +76,8 @@ sizes = {
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
             "batch": 32, "fit": 400, "indirect": (100, 3), "held_out": 2, "seen": 97, "blind": 12, "parallel": 100,
             "width": 16},
-    "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 3000, "steps": 500,
-            "few": 1000, "batch": 256, "fit": 400, "indirect": (200, 3), "held_out": 4, "seen": 257, "blind": 12,
+    "gpu": {"degraded": 1000, "clean": 100, "side": 256, "kernel": 28, "patch": 64, "flow": 2000, "steps": 400,
+            "few": 600, "batch": 128, "fit": 400, "indirect": (200, 3), "held_out": 4, "seen": 257, "blind": 12,
             "parallel": 300, "width": 32},
 }[preset]  # fmt: skip
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
