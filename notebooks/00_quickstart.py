@@ -69,6 +69,10 @@ else:
 
 _ = display.show({"the photograph": blurred}, size=3)
 
+# %%
+# NBVAL_CHECK_OUTPUT
+print(f"{blurred.shape[1]} colours")
+
 # %% [markdown]
 # ## Sharp
 #
@@ -93,7 +97,6 @@ figure = display.show(pictures, size=2.6)
 path = display.save_figure(figure, "00_quickstart.png")
 
 # %%
-# NBVAL_CHECK_OUTPUT
 # A kernel spreads light, it neither makes nor loses any.
 print(f"the kernel sums to {result.kernel.sum():.3f}, its smallest value is {result.kernel.min():.3f}")
 
