@@ -63,7 +63,7 @@ from blindlib.deblur import read_image, resize
 from blindlib.priors import kernel_to_latent
 
 sizes = {
-    "ci": {"side": 64, "plain": 12, "main": 20, "ablation": 10, "posterior": (3, 10), "hard": 10, "panel": (4, 8),
+    "ci": {"side": 64, "plain": 12, "main": 20, "ablation": 5, "posterior": (3, 10), "hard": 10, "panel": (3, 5),
            "returns": (1, 5)},
     "cpu": {"side": 64, "plain": 50, "main": 500, "ablation": 100, "posterior": (4, 150), "hard": 150,
             "panel": (50, 100), "returns": (4, 40)},
