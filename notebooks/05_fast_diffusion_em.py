@@ -567,8 +567,8 @@ for size, level in ((64, 5), (64, 10), (64, 20), (128, 5), (128, 10), (128, 20))
 #
 # One thing has changed since `deblur` was measured here: its last step, `dpir`, ended at the noise of the measurement,
 # as published, and now ends below it. With the kernel known that gives 0.1, 0.3 and 0.8 dB more at noise 5, 10 and 20,
-# and 0.2, 0.6 and 1.4 at 128x128. The rows of the known kernel have it. Those of `deblur` do not; their kernels are the
-# same.
+# and 0.2, 0.6 and 1.4 at 128x128. The rows of the known kernel have it. Those of `deblur` and of
+# `l0_pyramid` do not; their kernels are the same.
 #
 # ## Back up, and down again
 #

@@ -13,6 +13,7 @@ import time
 import torch
 
 from blindlib import Blur, dead_leaves, load_prior, motion_kernels, sample
+from blindlib.priors import pick_device
 
 
 def bare(priors: dict, inputs: dict, steps: int) -> float:
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=40)
     a = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto").type
     priors = {name: load_prior(name, device=device) for name in ("image", "kernel")}
     print(f"device {device}, {torch.get_num_threads()} threads, batch {a.batch}, {a.rounds} rounds of {a.steps} steps")
     for size in a.sizes:

@@ -51,6 +51,7 @@ from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import aligned
 from blindlib.operators import linear_values
+from blindlib.priors import pick_device
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket") * 2
 WINDOW, SHIFT, SUBPIXEL = 32, 4, 4
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     a.out = a.out.resolve()  # workers look there too
     table = read(a.out)
     if not a.show:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device("auto").type
         on = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
         several = "" if alone(a) else ", several at once"
         this = f"{platform.machine()}, {on}, torch {torch.__version__}{several}"
@@ -292,7 +293,7 @@ def measure(cell: Cell, out: Path) -> tuple[Cell, dict | None]:
     """Its figures by item; none if a worker that has died since brought them home to ``out``."""
     if cell.among(read(out)):
         return cell, None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto").type
     x, k, y = (v.to(device) for v in (cell.x, cell.k, cell.y))
     if cell.method == "blurred":
         result, extra = Result({"image": y}, 1, torch.zeros(len(y)), 0, 0.0, {}), {}

@@ -60,14 +60,14 @@ def blurred():
     return scene[..., 15:112, 15:112], k, y + 0.02 * torch.randn(y.shape, generator=g)
 
 
-# --------------------------------------------------------------------------------------------------- reading
-
-
 @pytest.fixture
 def one_guess(monkeypatch):
     """A kernel is sought from one guess and from no blur, in half the time."""
     module = sys.modules["blindlib.deblur"]
     monkeypatch.setattr(module, "GUESSES", module.GUESSES[:1])
+
+
+# --------------------------------------------------------------------------------------------------- reading
 
 
 def test_every_kind_of_picture_reads_alike(tmp_path):

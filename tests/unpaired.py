@@ -54,6 +54,7 @@ from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.matching import FLOW_STRIDE
 from blindlib.operators import seen
+from blindlib.priors import pick_device
 
 PART = 97  # of a picture, in which methods that see no other look for a kernel: with 32 - 1 more, the priors take it
 
@@ -215,7 +216,7 @@ def fitted(e: Experiment, seed: int) -> Tensor:
 
 def indirect(e: Experiment, seed: int) -> Tensor:
     """From the moments' kernel, with the image prior."""
-    prior = load_priors("cuda" if torch.cuda.is_available() else "cpu")["image"]
+    prior = load_priors(pick_device("auto").type)["image"]
     return indirect_kernel(*sets(e, seed), fitted(e, seed), prior, noise_std=e.grey_noise, seed=seed).cpu()
 
 
