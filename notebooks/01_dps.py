@@ -64,6 +64,7 @@ from blindlib import (
 )
 from blindlib.deblur import expected_error, read_image, resize, restore
 from blindlib.metrics import error_over_spread, ranks
+from blindlib.priors import pick_device
 
 # Fewer steps take larger strides. The gradient of a norm has the same length at every image size, so that the same
 # change of each pixel needs a step size that grows with the side.
@@ -76,8 +77,7 @@ side, steps, step_size = sizes["side"], sizes["steps"], sizes["step_size"]
 noise_std = 0.05  # on the [-1, 1] scale of our images
 
 # %%
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 
 shipped = load_prior("image", device=device)

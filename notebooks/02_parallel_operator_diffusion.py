@@ -60,7 +60,7 @@ from blindlib import (
     sample,
 )
 from blindlib.deblur import read_image, resize
-from blindlib.priors import kernel_to_latent
+from blindlib.priors import kernel_to_latent, pick_device
 
 sizes = {
     "ci": {"side": 64, "plain": 12, "main": 20, "ablation": 5, "posterior": (3, 10), "hard": 10, "panel": (3, 5),
@@ -74,8 +74,7 @@ side = sizes["side"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
 
 # %%
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 
 

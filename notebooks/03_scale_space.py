@@ -67,7 +67,7 @@ from blindlib import (
 )
 from blindlib.deblur import read_image, resize
 from blindlib.metrics import recentred
-from blindlib.priors import kernel_to_latent
+from blindlib.priors import kernel_to_latent, pick_device
 
 sizes = {
     "ci": {"side": 64, "examples": 32, "steps": 10, "descent": 300, "restore": 6, "late": 6},
@@ -78,8 +78,7 @@ side, steps = sizes["side"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
 
 # %%
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 
 priors = {name: load_prior(name, device=device) for name in ("image", "kernel")}
 schedule, window = priors["image"].schedule, priors["kernel"].shape[1]

@@ -72,6 +72,7 @@ from blindlib import (
 from blindlib.deblur import read_image, resize
 from blindlib.deblur import restore as restore_known
 from blindlib.operators import warp
+from blindlib.priors import pick_device
 
 sizes = {
     "ci": {"side": 64, "photos": 1, "frames": 3, "samples": 2, "plain": 4, "steps": 8, "texts": 1, "rounds": 1,
@@ -85,8 +86,7 @@ side, frames, steps = sizes["side"], sizes["frames"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
 
 # %%
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 priors = {name: load_prior(name, device=device) for name in ("image", "text", "kernel", "tilt")}
 window = priors["kernel"].shape[1]

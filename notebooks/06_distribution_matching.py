@@ -69,6 +69,7 @@ from blindlib import (
 )
 from blindlib.deblur import restore
 from blindlib.operators import seen
+from blindlib.priors import pick_device
 
 sizes = {
     "ci": {"degraded": 60, "clean": 20, "side": 48, "kernel": 9, "patch": 16, "flow": 10, "steps": 10, "few": 6,
@@ -83,8 +84,7 @@ sizes = {
 sizes["net"] = dict(base_channels=sizes["width"], multipliers=(1, 2, 2), groups=8)
 window, side = sizes["kernel"], sizes["side"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 torch.backends.cudnn.allow_tf32 = False  # full precision on a GPU too: with less, two ways to one number differ
 
 # %% [markdown]

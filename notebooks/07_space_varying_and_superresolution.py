@@ -71,6 +71,7 @@ from blindlib import (
 )
 from blindlib.deblur import read_image, restore
 from blindlib.operators import seen
+from blindlib.priors import pick_device
 
 sizes = {
     "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "sweeps": 1, "fit": 8, "patch": 16,
@@ -87,8 +88,7 @@ grid, window, side = sizes["grid"], sizes["kernel"], sizes["field"]
 grow = window - 1  # a sensor sees less than what its light comes from
 noise_std = 0.01  # on the [-1, 1] scale of our images
 grey_noise = noise_std / 3**0.5  # that of a mean of three colours
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+device = pick_device(device)
 
 # %% [markdown]
 # ## A grid of PSFs

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from skimage import data
 
-from blindlib import motion_kernels
+from blindlib import Blur, SpaceVaryingBlur, dead_leaves, motion_kernels, shaken_psfs
 from blindlib.deblur import read_image, resize
 
 settings.register_profile("blindlib", deadline=None, max_examples=25, derandomize=True)
@@ -47,6 +47,33 @@ def astronaut():
         return resize(read_image(data.astronaut()[:256, 100:356]), side), motion_kernels(1, 32, seed=2)
 
     return of_side
+
+
+def unpaired(degraded, clean):
+    k = motion_kernels(1, 7, extent=(0.7, 0.9), seed=8)
+    y = Blur("valid")(dead_leaves(degraded, 46, seed=1), k)
+    y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return dead_leaves(clean, 46, seed=3), y, k
+
+
+@pytest.fixture(scope="session")
+def sets():
+    """Clean scenes, other, degraded ones, and the kernel between them."""
+    return unpaired(150, 40)
+
+
+@pytest.fixture(scope="session")
+def larger_sets():
+    return unpaired(300, 80)
+
+
+@pytest.fixture(scope="session")
+def field_sets():
+    """The same with a grid of PSFs, in grey."""
+    psfs = shaken_psfs((2, 2), 7, extent=(0.9, 0.9), roll=1.2, seed=3)
+    y = SpaceVaryingBlur("valid")(dead_leaves(400, 52, seed=1)[..., :46, :].mean(1, keepdim=True), psfs)
+    y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return dead_leaves(120, 46, seed=3).mean(1, keepdim=True), y, psfs
 
 
 @pytest.fixture
