@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_positive
+from blindlib.checks import check_counts, check_kernel, check_positive
 from blindlib.metrics import recentred
 from blindlib.operators import Blur, LinearLight, linear_values, otf, seen, windowed
 from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
@@ -283,8 +283,7 @@ def fit_kernel(
             f"(boundary={boundary!r}), got {tuple(x_samples.shape)}"
         )
     together = isinstance(regularizer, Annealed)
-    if together and regularizer.prior.shape[-2:] not in ((None, None), window):
-        raise ValueError(f"regularizer: its prior has windows of {regularizer.prior.shape[-1]}, kernel0 of {window}")
+    _check_regularizer(regularizer, window)
     if any(k > side for k, side in zip(window, y.shape[-2:], strict=True)):
         raise ValueError(f"kernel0: {window} is larger than the image, {tuple(y.shape[-2:])}")
     for name, value in (("y", y), ("x_samples", x), ("kernel0", kernel0)):
@@ -398,7 +397,8 @@ class EM:
         known, image = partial(operator, kernel=x["kernel"]), {"image": priors["image"]}
         new, x0, norm = self.guidance({"image": x["image"]}, t, t_prev, y, known, image, noise)
         kernel = x["kernel"]
-        if t < self.fit_below:
+        # Of a run that diverges `sample` says so, with the step.
+        if t < self.fit_below and bool(torch.isfinite(x0["image"]).all()):
             grouped = priors["image"].physical(x0["image"]).unflatten(0, (-1, self.samples))
             first = slice(None, None, self.samples)
             kernel = _m_step(operator, y[first], grouped, self.noise_std, kernel[first], self.regularizer)
@@ -472,7 +472,8 @@ def fast_em(
     >>> run = fast_em(y, load_prior("image"), kernel_size=32, noise_std=0.02)  # doctest: +SKIP
     """
     operator = blur_of(boundary, response, noise_in="light")
-    kernel0 = _start(y, kernel_size, kernel0, noise_std, operator)
+    check_counts(fit_below=fit_below)
+    kernel0 = _start(y, kernel_size, kernel0, noise_std, operator, regularizer)
     e_step = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
     guidance = EM(e_step, noise_std, samples, regularizer, fit_below)
     priors = {"image": image_prior, "kernel": _KernelEstimate(kernel0, image_prior.schedule)}
@@ -501,15 +502,15 @@ def diffusion_em(
 ) -> Result:
     """Blind deblurring by whole runs that alternate with M-steps (DiffEM, arXiv 2309.00287).
 
-    Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. The history is the
-    last round's. In the paper each run starts from noise, here always the same, so that rounds differ by their kernel.
-    With ``start_time`` (ours) a run starts from the image of the one before, the first from ``image0`` if there is
-    one, with new noise of that time: where only details are hidden, a few steps bring a sample that the new kernel
-    allows.
+    Parameters as of :func:`fast_em`; ``rounds`` is the number of runs, each of ``steps`` steps. History and residual
+    are the last round's, with the kernel it was sampled with; the result's kernel is of the M-step after it. In the
+    paper each run starts from noise, here always the same, so that rounds differ by their kernel. With ``start_time``
+    (ours) a run starts from the image of the one before, the first from ``image0`` if there is one, with new noise of
+    that time: where only details are hidden, a few steps bring a sample that the new kernel allows.
     """
     blur = blur_of(boundary, response, noise_in="light")
-    kernel = _start(y, kernel_size, kernel0, noise_std, blur)
-    check_counts(rounds=rounds)
+    check_counts(rounds=rounds, samples=samples)
+    kernel = _start(y, kernel_size, kernel0, noise_std, blur, regularizer)
     if image0 is not None and start_time is None:
         raise ValueError("image0: is given, but no start_time, the time of the noise to put on it")
     guidance = _backbone(backbone, noise_std, steps, min(y.shape[-2:]))
@@ -521,7 +522,7 @@ def diffusion_em(
         own = seed if start_time is None else _shifted(seed, 1000 * (i + 1))
         operator = partial(blur, kernel=kernel.expand(len(y), -1, -1, -1))
         common = dict(steps=steps, samples=samples, guidance=guidance, seed=own, **options)
-        run = sample(y, operator, {"image": image_prior}, **common)
+        run, known = sample(y, operator, {"image": image_prior}, **common), kernel
         seconds += run.seconds
         drawn = run.posterior("image")
         if start_time is not None:
@@ -530,7 +531,10 @@ def diffusion_em(
         # An image to go on from has its place, by fractions of a pixel: the kernel is not to move against it.
         kernel = centred(kernel) if start_time is None else recentred(kernel)
     latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
-    return replace(run, latents=latents, evaluations=rounds * steps, seconds=seconds)
+    if history := run.history:
+        frames = known.expand(len(y), -1, -1, -1).repeat_interleave(samples, 0).cpu()
+        history = {**history, "kernel": frames.expand(len(history["t"]), -1, -1, -1, -1)}
+    return replace(run, latents=latents, history=history, evaluations=rounds * steps, seconds=seconds)
 
 
 def _shifted(seed: int | Sequence[int], by: int) -> int | list[int]:
@@ -558,6 +562,16 @@ def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
     raise ValueError(f"backbone: expected 'pigdm', 'dps' or 'diffpir', got {name!r}")
 
 
+def _check_regularizer(regularizer: object, window: tuple[int, int]) -> None:
+    if isinstance(regularizer, Annealed):
+        if regularizer.prior.shape[-2:] not in ((None, None), window):
+            raise ValueError(
+                f"regularizer: its prior has windows of {regularizer.prior.shape[-1]}, the kernel of {window}"
+            )
+    elif regularizer is not None and not callable(regularizer):
+        raise TypeError(f"regularizer: expected None, Annealed or a callable, got {type(regularizer).__name__}")
+
+
 def _check_boundary(boundary: str) -> None:
     if boundary not in EM_BOUNDARIES:
         raise ValueError(f"boundary: EM knows {EM_BOUNDARIES}, got {boundary!r}")
@@ -575,13 +589,24 @@ def blur_of(boundary: str, response: str, noise_in: str = "values") -> Blur | Li
     return Blur(boundary) if response == "linear" else LinearLight(Blur(boundary), noise_in)
 
 
-def _start(y: Tensor, size: int, kernel0: Tensor | None, noise_std: float, operator: Blur | LinearLight) -> Tensor:
-    """The kernel to start from, on y's device."""
-    if size < 1 or size > min(y.shape[-2:]):
+def _start(
+    y: Tensor,
+    size: int,
+    kernel0: Tensor | None,
+    noise_std: float,
+    operator: Blur | LinearLight,
+    regularizer: Regularizer | Annealed | None,
+) -> Tensor:
+    """The kernel to start from, on y's device; what an M-step would find wrong is said before the first step."""
+    check_counts(kernel_size=size)
+    check_positive(noise_std=noise_std)
+    _check_regularizer(regularizer, (size, size))
+    if size > min(y.shape[-2:]):
         raise ValueError(f"kernel_size: expected 1 to {min(y.shape[-2:])}, the size of y, got {size}")
     if kernel0 is None:
         periodic = operator.boundary == "circular"
         _, kernel0 = l0_pyramid(linear_values(operator, y), size, noise_std, periodic=periodic)
     if kernel0.ndim != 4 or kernel0.shape[0] not in (1, len(y)) or kernel0.shape[1:] != (1, size, size):
         raise ValueError(f"kernel0: expected shape (1 or {len(y)}, 1, {size}, {size}), got {tuple(kernel0.shape)}")
+    check_kernel(kernel0=kernel0)
     return kernel0.to(y).expand(len(y), -1, -1, -1)

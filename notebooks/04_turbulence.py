@@ -76,11 +76,12 @@ from blindlib.priors import pick_device
 
 sizes = {
     "ci": {"side": 64, "photos": 1, "frames": 3, "samples": 2, "plain": 4, "steps": 8, "texts": 1, "rounds": 1,
-           "asked": 2, "descent": 3, "step_sizes": (1,), "panel": (1.0,)},
+           "mean": 1, "asked": 2, "descent": 3, "step_sizes": (1,), "panel": (1.0,), "widths": (1.2,)},
     "cpu": {"side": 64, "photos": 2, "frames": 8, "samples": 2, "plain": 20, "steps": 40, "texts": 2, "rounds": 12,
-            "asked": 6, "descent": 25, "step_sizes": (1, 5), "panel": (0.5, 2.0)},
+            "mean": 4, "asked": 6, "descent": 25, "step_sizes": (1, 5), "panel": (0.5, 2.0), "widths": (0.5, 1.2, 2.0)},
     "gpu": {"side": 128, "photos": 4, "frames": 16, "samples": 4, "plain": 20, "steps": 100, "texts": 4, "rounds": 12,
-            "asked": 16, "descent": 50, "step_sizes": (1, 5, 20), "panel": (0.5, 1.0, 2.0)},
+            "mean": 4, "asked": 16, "descent": 50, "step_sizes": (1, 5, 20), "panel": (0.5, 1.0, 2.0),
+            "widths": (0.5, 1.2, 2.0)},
 }[preset]  # fmt: skip
 side, frames, steps = sizes["side"], sizes["frames"], sizes["steps"]
 noise_std = 0.02  # on the [-1, 1] scale of our images
@@ -479,7 +480,7 @@ if preset != "ci":
     print("about three minutes on two CPU cores")
 two = {name: priors[name] for name in ("image", "kernel")}
 still, _ = register(y, several)
-runs = [mitigate(video[None], two, rounds=sizes["rounds"], seed=seed) for video in y]
+runs = [mitigate(video[None], two, rounds=sizes["rounds"], samples=sizes["mean"], seed=seed) for video in y]
 registered, tilt_found = (torch.cat([getattr(one, name) for one in runs]) for name in ("image", "tilt"))
 options = {"boundary": "circular", "priors": two, "seed": seed, "device": device, "rounds": sizes["rounds"]}
 deblurred = torch.cat([deblur(frame[None], **options, progress=False).image for frame in mean_frame]).to(device)
@@ -771,7 +772,7 @@ _ = display.save_figure(figure, "04_turbulence_judge.png")
 panel, cat = {}, photos["cat"].to(device)
 eight, blur = Turbulence("circular", frames=8), Blur("circular")
 for d_r0 in sizes["panel"]:
-    for width in (0.5, 1.2, 2.0):
+    for width in sizes["widths"]:
         kernel = gaussian_kernels(1, window, std=(width, width)).to(device)
         field = kolmogorov_tilts(8, side, d_r0=(d_r0, d_r0), seed=seed)[None].to(device)
         video = eight(cat, kernel, field)

@@ -1,6 +1,6 @@
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -366,14 +366,58 @@ def test_bad_input_of_the_m_step(change, message):
         (dict(steps=[9, 0]), "steps: EM expects a number, got list"),
         (dict(kernel_size=17), "kernel_size: expected 1 to 16"),
         (dict(kernel0=delta(9)), "kernel0: expected shape"),
+        (dict(kernel0=3 * delta(7)), "kernel0: expected a kernel, non-negative and of sum one"),
+        (dict(kernel0=delta(7) * math.nan), "kernel0: expected a kernel"),
+        (dict(kernel_size=7.5), "kernel_size: expected a positive integer, got 7.5"),
+        (dict(kernel0=delta(7), noise_std=0.0), "noise_std: expected a positive number, got 0.0"),
+        (dict(samples=0), "samples: expected a positive integer"),
+        (dict(boundary="zero"), "boundary: EM knows"),
         (dict(response="raw"), "response: expected one of"),
+        (dict(regularizer="l1"), "regularizer: expected None, Annealed or a callable, got str"),
+        (dict(regularizer=Annealed(load_prior("kernel"))), "regularizer: its prior has windows of 32"),
     ],
 )
 def test_bad_input_of_em(small_prior, change, message):
+    """Said before the first step."""
     good = dict(y=torch.zeros(1, 3, 16, 16), image_prior=small_prior, kernel_size=7, noise_std=0.1, steps=2)
     for method in (fast_em, diffusion_em):
-        with pytest.raises(ValueError, match=message):
-            method(**{**good, **change})
+        with pytest.raises((ValueError, TypeError), match=message):
+            method(**{**good, **change}, callback=lambda *_: pytest.fail("sampling has begun"))
+    for method, other, said in (
+        (fast_em, dict(fit_below=0), "fit_below: expected a positive integer"),
+        (diffusion_em, dict(rounds=0), "rounds: expected a positive integer"),
+        (diffusion_em, dict(image0=torch.zeros(1, 3, 16, 16)), "image0: is given, but no start_time"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            method(**good, **other)
+
+
+@pytest.mark.parametrize("method", [partial(fast_em, fit_below=1000), partial(diffusion_em, rounds=2)])
+def test_em_that_diverges_says_so_with_the_step(small_prior, method):
+    class Broken:
+        """A prior whose estimates are NaN, from the third evaluation on."""
+
+        def __init__(self):
+            self.calls = count()
+
+        def __getattr__(self, name):
+            return getattr(small_prior, name)
+
+        def estimate(self, *arguments):
+            x0, variance = small_prior.estimate(*arguments)
+            return x0 * (math.nan if next(self.calls) > 1 else 1.0), variance
+
+    y = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ArithmeticError, match="diverged at step 3 of 5 .* take a smaller step_size"):
+        method(y, Broken(), kernel_size=7, noise_std=0.1, steps=5, kernel0=delta(7))
+
+
+def test_the_history_of_both_has_image_and_kernel(small_prior, g):
+    y = 0.5 * torch.randn(2, 3, 16, 16, generator=g)
+    for method in (fast_em, partial(diffusion_em, rounds=2)):
+        run = method(y, small_prior, kernel_size=7, noise_std=0.1, steps=4, history=2, samples=2)
+        shapes = {name: tuple(value.shape) for name, value in run.history.items()}
+        assert shapes == {"t": (2,), "residual": (2, 4), "image": (2, 4, 3, 16, 16), "kernel": (2, 4, 1, 7, 7)}
 
 
 def test_the_annealed_prior_has_one_window():
