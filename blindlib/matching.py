@@ -6,6 +6,9 @@ velocity field of a flow from noise to images: one network learns that of the me
 second one, which starts as a copy, follows that of the simulated ones, and their difference says how to change the
 operator (:func:`learn_operator`). It starts where the moments of the two sets agree (:mod:`blindlib.moments`), and ends
 no worse by those.
+
+:func:`fit_flow` is here and not with the training of the priors, as the two share their patches, their state and the
+way in which several processes train one net.
 """
 
 from __future__ import annotations
@@ -361,14 +364,16 @@ def learn_operator(
 
     Each step simulates measurements ``A(x) + noise`` of random clean patches, in :func:`standard` form, takes one
     flow-matching step of an auxiliary velocity net on them, and moves the kernel along the difference of its velocity
-    and that of the degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net.
+    and that of the degraded images (arXiv 2506.14605, step 2). Both use the same evaluation of the auxiliary net, the
+    one before its step; the paper evaluates it again after it.
 
     Unlike the paper's, the net of the degraded images goes on learning, in step with the auxiliary one. After minutes
     of training no net is at its end; without this (``frozen=True``), what the auxiliary one goes on to learn would pass
     for a difference of the images.
 
     Up to five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no
-    truth. Twice in a row worse than at the start, and beyond chance, and the run ends, for its start.
+    truth. Twice in a row worse than at the start, and beyond chance, and the run ends, for its start. A run that goes
+    well ends with its steps: convergence is not looked for.
 
     Parameters
     ----------
@@ -380,7 +385,8 @@ def learn_operator(
         varies over the field, all degraded images are of one size, that of the field; the clean ones look alike
         everywhere in it.
     noise_std : float, optional
-        Of the degraded images, on the [-1, 1] scale. ``None``: fitted with the start, which then may not be given.
+        Of the degraded images, on the [-1, 1] scale. ``None``: fitted with the start, which then may not be given;
+        matching leaves it as it is. (The paper learns it along with the kernel.)
     kernel_size : int
         Side of the kernel's window, at most ``patch``.
     grid : (int, int)

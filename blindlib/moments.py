@@ -263,8 +263,8 @@ def indirect_kernel(
     vanishes at the true kernel, whatever the prior. This is indirect inference (Gourieroux, Monfort & Renault, Journal
     of Applied Econometrics 1993), with :class:`Moments` as an earlier, and a prior of images as the better, auxiliary
     model: a fit to what lies beside each edge minds less than power spectra by how much a hundred scenes happen to
-    differ from others. A kernel that is right to half a percent it makes no better. Ours; it needs an image prior,
-    which the paper (arXiv 2506.14605) does without.
+    differ from others. A kernel that is right to half a percent gains next to nothing in likeness. Ours; it needs an
+    image prior, which the paper (arXiv 2506.14605) does without.
 
     Parameters
     ----------

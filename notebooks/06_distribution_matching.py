@@ -23,7 +23,7 @@
 # it was not learned from.
 #
 # **What you need.** The notebook `01_dps`, for what a restoration with a known kernel is. No GPU: about
-# ten minutes on two CPU cores.
+# fifteen minutes on two CPU cores.
 
 # %%
 import importlib.util
@@ -489,8 +489,8 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 
 # %% [markdown]
 # A thousand pictures tell more of the kernel than one: what is restored with the learned kernel is 1.8 dB above the
-# best that one picture gave by itself, and 0.2 dB below the true kernel, with the image prior's help 0.1. BlindDPS has
-# few steps here; where its kernel is wrong, the picture is worse than the blurred one.
+# best that one picture gave by itself, and 0.2 dB below the true kernel, with the image prior's help or without it.
+# BlindDPS has few steps here; where its kernel is wrong, the picture is worse than the blurred one.
 #
 # Is this seed a lucky one? The same up to the moments' kernel, with four pictures each, on seventeen seeds that nobody
 # had looked at (`python tests/unpaired.py --experiment 17x17 --seed 117 118 119 ... --only true moments`): MNC 0.95 to
@@ -498,8 +498,9 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 # mismatch of the kernel found is below that of the truth. So more steps would not help: a hundred clean scenes differ
 # from others by chance, and a kernel that makes up for that explains the pictures better than the true one. More
 # scenes, or larger ones, would bring it nearer (28x28 pixels of 256x256: 0.998 and 0.996). The image prior brings bad
-# kernels nearer, on the seeds on which it was developed from 0.953 to 0.989 and from 0.990 to 0.995, and leaves good
-# ones as good: over the last seven of the fresh seeds 0.995 became 0.996, and 0.60 dB below the true kernel 0.51.
+# kernels nearer, on the seeds on which it was developed from 0.953 to 0.989 and from 0.990 to 0.995 (before it kept the
+# faint rims of strokes), and leaves good ones as good: over the last seven of the fresh seeds 0.995 became 0.996, and
+# 0.60 dB below the true kernel 0.43.
 #
 # ## Where it fails
 #

@@ -243,7 +243,7 @@ _ = display.save_figure(figure, "07_field_psfs.png")
 # **And with networks**, as in the paper ([DDM4IP](https://arxiv.org/abs/2506.14605)): the same `learn_operator`. The
 # velocity nets get two more channels which tell where in the field a patch lies, so that they can know what blur is
 # usual there. At `cpu` this shows the call and no more: a start by moments leaves the networks little to do, and
-# fifteen steps are too few to do it in (the paper gives them hours on GPUs, `gpu` thousands of steps).
+# fifteen steps are too few to do it in (the paper gives them hours on GPUs, `gpu` two thousand steps of flow matching).
 
 # %%
 if preset != "ci":
@@ -471,7 +471,7 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 # %% [markdown]
 # Many pictures tell what one does not. Restorations with a learned operator are 1.8 dB above the best that a single
 # picture gives (motion blur), 5.0 dB (the field) and 5.7 dB (the lens), and 0.3, 1.2 and 0.1 dB below those with the
-# true one. At the larger sizes they are 5.9 dB above (28x28 pixels of 256x256) and 6.6 dB (the finer field), and 0.1
+# true one. At the larger sizes they are 5.9 dB above (28x28 pixels of 256x256) and 6.5 dB (the finer field), and 0.1
 # and 1.9 dB below. Networks alone, from a blot (13x13), come within 1.3 dB in an hour, moments within 0.4 in two
 # minutes. In the field a single kernel cannot be right, wherever it comes from: the retrieved one, `deblur` and FastEM
 # all end near 29.5 dB. The mirror symmetry of the lens adds next to nothing. For twice the resolution BlindDPS is no

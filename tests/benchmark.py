@@ -135,6 +135,9 @@ def methods(
         "kernel known, DPIR": partial(with_kernel, k, noise_std),
         "as deblur: l0_pyramid, FastEM, DiffEM": as_deblur,
         "l0_pyramid, then DPIR": lambda: with_kernel(l0_pyramid(values, WINDOW, noise_std)[1], 2 * noise_std),
+        "FastEM-PiGDM, 30 steps, then DPIR": lambda: replace(
+            with_kernel(fast(steps=30).kernel, 2 * noise_std), evaluations=30 + RESTORE
+        ),
         "kernel known, DiffPIR, n = 4": partial(
             sample, y, known, only, steps=20, samples=4, guidance=DiffPIR(noise_std)
         ),

@@ -57,7 +57,7 @@ def test_a_single_picture_is_seen_in_its_middle(experiment, monkeypatch):
     for name in (name for name in methods if name.startswith("one picture")):
         assert len(methods[name]()) == 4
     side = 48 if experiment.name.startswith("twice") else 97
-    assert {tuple(y.shape) for y, _ in seen} == {(1, 3, side, side)}
+    assert {tuple(y.shape) for y, _ in seen} == {(1, 3, side, side), (1, 3, 97, 97)}
     for y, other in seen:
         if not isinstance(other, float):
             assert other.sizes(y.shape[-2:], (32, 32))["image"] == (128, 128)
@@ -66,3 +66,6 @@ def test_a_single_picture_is_seen_in_its_middle(experiment, monkeypatch):
     (_, y) = list(unpaired.held_out(experiment, 100).values())[2]
     top = (y.shape[-1] - side) // 2
     assert any(torch.equal(one, y[..., top : top + side, top : top + side]) for one, _ in seen)
+    if side == 48:
+        coarse = y[..., 7:56, 7:56]  # every second pixel of an enlargement is one of these
+        assert any(one.shape[-1] == 97 and torch.allclose(one[..., ::2, ::2], coarse, atol=1e-5) for one, _ in seen)

@@ -170,17 +170,17 @@ def bundled(name: str) -> Tensor:
 def methods(e: Experiment, seed: int) -> dict[str, Callable[[], Tensor | list[Tensor]]]:
     """By name, what finds an operator: one for all held-out pictures, or one for each."""
     known = {"true kernel": lambda: truth(e, seed)[1]}
-    if e.name.startswith("twice"):
-        return known | {
-            "moments, from itself": partial(from_itself, e, seed),
-            "moments, from other photographs": partial(from_others, e, seed),
-            "one picture: BlindDPS": partial(parallel, e, seed),
-        }
     one = {
         "one picture: BlindDPS": partial(parallel, e, seed),
         "one picture: FastEM": partial(em, e, seed),
         "one picture: deblur": partial(as_deblur, e, seed),
     }
+    if e.name.startswith("twice"):
+        moments = {
+            "moments, from itself": partial(from_itself, e, seed),
+            "moments, from other photographs": partial(from_others, e, seed),
+        }
+        return known | moments | one
     if e.name.startswith("lens"):
         return known | {"moments": partial(lens, e, seed), "moments, mirrored": lambda: mirrored(lens(e, seed))} | one
     if e.name.startswith("field"):
@@ -274,12 +274,19 @@ def parallel(e: Experiment, seed: int) -> list[Tensor]:
 def em(e: Experiment, seed: int) -> list[Tensor]:
     options = dict(kernel_size=32, steps=30, boundary="valid", seed=seed)
     image = load_priors("cpu")["image"]
-    return [fast_em(y, image, noise_std=noise_of(e, y), **options).kernel for y in middles(e, seed)]
+    return [fast_em(y, image, noise_std=noise_of(e, y), **options).kernel for y in enlarged(e, seed)]
 
 
 def as_deblur(e: Experiment, seed: int) -> list[Tensor]:
     find = partial(find_kernels, priors=load_priors("cpu"), blur=Blur("valid"), seed=seed)
-    return [find(y, noise_std=noise_of(e, y))[0] for y in middles(e, seed)]
+    return [find(y, noise_std=noise_of(e, y))[0] for y in enlarged(e, seed)]
+
+
+def enlarged(e: Experiment, seed: int) -> list[Tensor]:
+    """For EM, whose M-step knows no coarse pixels: of a low resolution, the middles' bicubic enlargements."""
+    if not e.name.startswith("twice"):
+        return middles(e, seed)
+    return [bicubic(y)[..., :PART, :PART] for y in middles(e, seed, PART // 2 + 1)]
 
 
 def noise_of(e: Experiment, y: Tensor) -> float:
