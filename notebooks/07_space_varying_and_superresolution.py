@@ -313,7 +313,8 @@ _ = display.save_figure(figure, "07_field_restored.png")
 # **Finer and larger**, by moments alone, with a field of 256 pixels, 8x8 PSFs of 13x13 (`python tests/unpaired.py
 # --experiment 8x8`, over an hour on one CPU core): one kernel for all has MNC 0.81, each cell alone 0.945, with
 # neighbours 0.977, and what they restore 27.2, 29.1 and 34.1 dB, the true PSFs 36.0. Cells are as small as two and a
-# half PSFs, and each shares its tiles with its neighbours.
+# half PSFs, and each shares its tiles with its neighbours. On three fields like the one above that nobody had looked at
+# (`--experiment 4x4 --seed 117 118 119`) the PSFs have MNC 0.983, 0.976 and 0.991, each cell alone 0.93 to 0.94.
 #
 # ## A lens, calibrated with two apertures
 #
