@@ -520,9 +520,10 @@ def diffusion_em(
             options |= dict(start={"image": image0}, start_time=start_time)
         # The first round, too, must not meet the noise that its start was made with.
         own = seed if start_time is None else _shifted(seed, 1000 * (i + 1))
-        operator = partial(blur, kernel=kernel.expand(len(y), -1, -1, -1))
+        known = kernel.expand(len(y), -1, -1, -1)
+        operator = partial(blur, kernel=known)
         common = dict(steps=steps, samples=samples, guidance=guidance, seed=own, **options)
-        run, known = sample(y, operator, {"image": image_prior}, **common), kernel
+        run = sample(y, operator, {"image": image_prior}, **common)
         seconds += run.seconds
         drawn = run.posterior("image")
         if start_time is not None:
@@ -532,7 +533,7 @@ def diffusion_em(
         kernel = centred(kernel) if start_time is None else recentred(kernel)
     latents = {"image": run.image, "kernel": kernel.repeat_interleave(samples, 0)}
     if history := run.history:
-        frames = known.expand(len(y), -1, -1, -1).repeat_interleave(samples, 0).cpu()
+        frames = known.repeat_interleave(samples, 0).cpu()
         history = {**history, "kernel": frames.expand(len(history["t"]), -1, -1, -1, -1)}
     return replace(run, latents=latents, history=history, evaluations=rounds * steps, seconds=seconds)
 

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Fast Diffusion EM: the kernel that is most likely
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/05_fast_diffusion_em.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/05_fast_diffusion_em.ipynb)
 #
 # **What you will see.** In notebook 02 image and kernel were two unknowns of the same kind, and both diffused. Here
 # they are not: images are sampled by a diffusion, and the kernel is *fitted* to the samples, by expectation

@@ -14,8 +14,7 @@
 # %% [markdown]
 # # Space-varying blur and super-resolution: operators with more to them than one kernel
 #
-# [![Open in
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/07_space_varying_and_superresolution.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/blindlib/blindlib/blob/main/notebooks/07_space_varying_and_superresolution.ipynb)
 #
 # **What you will see.** Real blur is not the same everywhere. A camera that rolls smears the corners more than the
 # middle, and a lens at full aperture is sharp only on its axis, for one colour. From pictures *without any pair* we

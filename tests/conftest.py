@@ -49,7 +49,7 @@ def astronaut():
     return of_side
 
 
-def unpaired(degraded, clean):
+def made_sets(degraded, clean):
     k = motion_kernels(1, 7, extent=(0.7, 0.9), seed=8)
     y = Blur("valid")(dead_leaves(degraded, 46, seed=1), k)
     y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
@@ -59,12 +59,12 @@ def unpaired(degraded, clean):
 @pytest.fixture(scope="session")
 def sets():
     """Clean scenes, other, degraded ones, and the kernel between them."""
-    return unpaired(150, 40)
+    return made_sets(150, 40)
 
 
 @pytest.fixture(scope="session")
 def larger_sets():
-    return unpaired(300, 80)
+    return made_sets(300, 80)
 
 
 @pytest.fixture(scope="session")
