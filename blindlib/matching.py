@@ -178,13 +178,14 @@ class Learned:
         green and blue, learn three and put them together, as ``learn-operator --colour`` does.)
     operator : Blur, Downsample or SpaceVaryingBlur
     noise_std : float
-        As given, or as fitted.
+        As given, or as learned.
     flow : UNet
         The velocity net of the degraded images as it was at the start; another run on the same images can take it over.
     history : dict of Tensor
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
         falls to a floor as the two sets become alike); ``loss``, that of the auxiliary net's flow matching; ``kernel``
-        (n, ...), with the haze that ``Learned.kernel`` is rid of (:func:`bare`); ``mnc``, where the truth was given.
+        (n, ...), with the haze that ``Learned.kernel`` is rid of (:func:`bare`); ``mnc``, where the truth was given;
+        ``noise_std``, where it was not.
     deviation : Tensor, shape (n, 3)
         :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
         least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
@@ -385,8 +386,8 @@ def learn_operator(
         varies over the field, all degraded images are of one size, that of the field; the clean ones look alike
         everywhere in it.
     noise_std : float, optional
-        Of the degraded images, on the [-1, 1] scale. ``None``: fitted with the start, which then may not be given;
-        matching leaves it as it is. (The paper learns it along with the kernel.)
+        Of the degraded images, on the [-1, 1] scale. ``None``: learned along with the kernel, from the level that is
+        fitted with the start, or from 0.02 if a start is given.
     kernel_size : int
         Side of the kernel's window, at most ``patch``.
     grid : (int, int)
@@ -435,8 +436,6 @@ def learn_operator(
     if kernel_size > patch:
         raise ValueError(f"kernel_size: a kernel of {kernel_size} pixels is larger than the patch, {patch}")
     check_noise(noise_std, optional=True)
-    if noise_std is None and start is not None:
-        raise ValueError("noise_std: has to be given with a start; only the fit that finds a start finds the noise too")
     if centre <= 0 or compact < 0:
         raise ValueError(f"centre, compact: expected a positive and a non-negative weight, got {centre}, {compact}")
     scene = operator.sizes((patch, patch), (kernel_size, kernel_size))["image"]
@@ -483,7 +482,6 @@ def learn_operator(
             fitted = moments.fit(guess)
             first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
         start, moments.noise_std = first.kept["kernel"][0], first.kept["noise_std"][0].to(moments.noise_std)
-    noise_std = float(moments.noise_std)
     if flow is None:
         shared = dict(seed=seed, folder=folder, device=device, progress=progress)
         flow = fit_flow(ys, patch=patch, positions=varying, **shared)
@@ -491,7 +489,9 @@ def learn_operator(
     data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
     about |= dict(parameters=_fingerprint(model.parameters()))
     model.to(device).fit(start.to(device))
-    team.average(p.data for p in model.parameters())
+    first_noise = moments.noise_std
+    level = nn.ParameterDict({"log": first_noise.to(device).log()}).requires_grad_(noise_std is None)
+    team.average(p.data for p in [*model.parameters(), *level.parameters()])
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.95))
     nets = torch.nn.ModuleDict({"data": data, "auxiliary": auxiliary})
     learning = [auxiliary] if frozen else [data, auxiliary]
@@ -499,6 +499,9 @@ def learn_operator(
     parts = dict(kernel=model, nets=nets, optimizer=optimizer, follower=follower)
     about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact, frozen=frozen)
     about |= dict(learning_rate=learning_rate, patch=patch, start=given, flow=_fingerprint(flow.parameters()))
+    if noise_std is None:
+        optimizer.add_param_group({"params": level.parameters()})
+        parts["noise"], about["level"] = level, "learned"
     run = _Run(folder, "operator", about, parts, team)
     deviation = team.agreed(moments(start.cpu()).cpu())
     checks = run.kept.setdefault("deviation", [])
@@ -508,6 +511,8 @@ def learn_operator(
 
     for step in run.steps(steps, "learning the operator", progress):
         set_rate(optimizer, learning_rate, step, steps)
+        for group in optimizer.param_groups[1:]:
+            group["lr"] *= 10  # a logarithm, to pixels of about a tenth
         g = _generator(seed, 1, step, team.rank)
         x = random_patches(xs, batch, scene, g)[0].to(device)
         t, noise = _times_and_noise(x[..., :patch, :patch], g)
@@ -518,7 +523,7 @@ def learn_operator(
             positions = _positions(corners, field, noise, g)
         else:
             y, positions = operator(x, k), None
-        y = standard(y + noise_std * torch.randn(y.shape, generator=g).to(device))
+        y = standard(y + level["log"].exp() * torch.randn(y.shape, generator=g).to(device))
 
         x_t = between(y.detach(), t, noise)
         with _seeded(g.initial_seed(), device):
@@ -528,7 +533,7 @@ def learn_operator(
         loss = operator_loss(difference, y) + (centre * off_centre(k) + compact * spread(k)).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        team.average(p.grad for p in model.parameters())
+        team.average(p.grad for group in optimizer.param_groups for p in group["params"])
         optimizer.step()
 
         follower.zero_grad(set_to_none=True)
@@ -547,16 +552,20 @@ def learn_operator(
         last = step + 1 == steps
         check = last or (step + 1) % max(APART, steps // CHECKS) == 0
         if check or (step + 1) % max(1, steps // 40) == 0:
-            now = simplex(model().detach()).cpu()
+            now, moments.noise_std = simplex(model().detach()).cpu(), level["log"].detach().exp()
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
+            seen |= {} if noise_std is not None else {"noise_std": float(moments.noise_std)}
             run.keep(step=step + 1, kernel=now[0], **seen)
         if check:
             checks.append(team.agreed(moments(bare(now)).cpu()))
             run.ended = len(checks) >= PATIENCE and all(astray(one) for one in checks[-PATIENCE:])
-    found = start.cpu() if astray(checks[-1]) else bare(simplex(model().detach())).cpu()
+    kernel, noise = start.cpu(), first_noise
+    if not astray(checks[-1]):
+        kernel, noise = bare(simplex(model().detach())).cpu(), level["log"].detach().exp()
+    noise_std = float(noise if noise_std is None else noise_std)
     history = run.stacked()
     deviation = torch.stack([deviation, *history.pop("deviation")])
-    return Learned(found, operator, noise_std, flow, history, deviation, run.seconds, field)
+    return Learned(kernel, operator, noise_std, flow, history, deviation, run.seconds, field)
 
 
 class _Pixels(nn.Module):

@@ -1,10 +1,15 @@
+import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+import unpaired
 
 from blindlib import DiffusionPrior, UNet, dead_leaves, deblur, motion_kernels
 from blindlib.deblur import deblur_folder, read_image, write_image
@@ -55,33 +60,44 @@ def test_what_cannot_be(monkeypatch):
         list(imap_unordered(abs, [1], cluster="tcp://127.0.0.1:1"))
 
 
-def test_of_a_cluster_a_worker_is_killed_and_nothing_is_lost_or_done_twice(photos):
+@contextmanager
+def cluster_that_loses_a_worker(go_on, lines):
+    """A scheduler's address, and what is told of each task's end; of the first it kills the worker, then touches."""
     from distributed import Client, LocalCluster
 
-    net = UNet(3, base_channels=8, multipliers=(1, 2), groups=4)
-    prior = Waiting(net, "image", prediction="v")
-    prior.file = photos.parent / "go on"
-    options = dict(kernel=motion_kernels(1, 17, seed=0), priors={"image": prior}, boundary="circular", device="cpu")
-    sharp, lines, finished = photos.parent / "sharp", [], {}
     where = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with LocalCluster(**where) as cluster, Client(cluster, set_as_default=False) as watch:
         processes = watch.run(os.getpid)
 
-        def kill(line):
+        def say(line, **_):
             lines.append(line)
             if len(lines) > 1:
                 return
             ((holder, (result,)),) = ((worker, results) for worker, results in watch.has_what().items() if results)
-            finished.update({path: path.stat().st_mtime_ns for path in sharp.glob("*.png")})
             os.kill(processes[holder], signal.SIGKILL)
             # Dask lost the result, which it holds as long as no other has come, and does the task again.
             again = time.monotonic() + 120
             while holder in watch.has_what() or result not in sum(watch.has_what().values(), ()):
                 assert time.monotonic() < again, "the worst did not come about; this shows nothing"
                 time.sleep(0.1)
-            prior.file.touch()
+            go_on.touch()
 
-        assert deblur_folder(photos, sharp, cluster=cluster.scheduler_address, say=kill, **options) == {}
+        yield cluster.scheduler_address, say
+
+
+def test_of_a_cluster_a_worker_is_killed_and_nothing_is_lost_or_done_twice(photos):
+    net = UNet(3, base_channels=8, multipliers=(1, 2), groups=4)
+    prior = Waiting(net, "image", prediction="v")
+    prior.file = photos.parent / "go on"
+    options = dict(kernel=motion_kernels(1, 17, seed=0), priors={"image": prior}, boundary="circular", device="cpu")
+    sharp, lines, finished = photos.parent / "sharp", [], {}
+    with cluster_that_loses_a_worker(prior.file, lines) as (address, kill):
+
+        def say(line):
+            finished.update({} if lines else {path: path.stat().st_mtime_ns for path in sharp.glob("*.png")})
+            kill(line)
+
+        assert deblur_folder(photos, sharp, cluster=address, say=say, **options) == {}
     assert lines[0].startswith(f"1/{PHOTOS} 0.png: ") and len(lines) == PHOTOS and len(finished) == 1
     assert sorted(path.name for path in sharp.iterdir()) == [f"{i}.png" for i in range(PHOTOS)]
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items()), "something was done twice"
@@ -90,3 +106,33 @@ def test_of_a_cluster_a_worker_is_killed_and_nothing_is_lost_or_done_twice(photo
         torch.testing.assert_close(read_image(path), expected, atol=0.009, rtol=0)
     deblur_folder(photos, sharp, say=lines.append, **options)
     assert lines[PHOTOS:] == [f"{PHOTOS} of {PHOTOS} are there already"]
+
+
+class Patient(unpaired.Experiment):
+    """In a worker's process, who asks for its noise level waits until a file is there."""
+
+    @property
+    def grey_noise(self):
+        while multiprocessing.parent_process() and not Path(self.name.split(" until ")[1]).exists():
+            time.sleep(0.1)
+        return super().grey_noise
+
+
+def test_of_a_grid_of_experiments_too(tmp_path, monkeypatch):
+    go_on, out, lines = tmp_path / "go on", tmp_path / "u.json", []
+    e = Patient(f"motion blur, 7x7 until {go_on}", 32, 7, 0.02, None, 20, 10, 33, 2)
+    arguments = ["--experiment", e.name, "--only", "zero", "--out", str(out)]
+    with cluster_that_loses_a_worker(go_on, lines) as (address, kill):
+        monkeypatch.setattr(unpaired, "print", kill, raising=False)
+        unpaired.main([*arguments, "--cluster", address], [e])
+    *done, table = lines
+    names = ["measured", "power spectra, phase zero"]  # a third would be where Dask does the first again
+    cells = [f"{e.name}, seed 100, {name}" for name in names]
+    assert sorted(line.split(": {")[0] for line in done) == sorted(cells), "something was lost or done twice"
+    assert all(f"| {name} | " in table for name in names)
+    results, alone = json.loads(out.read_text())["results"], tmp_path / "alone.json"
+    unpaired.main([*arguments[:-1], str(alone)], [e])
+    for setting, rows in json.loads(alone.read_text())["results"].items():
+        assert list(rows) == list(results[setting]) == names
+        for name, item in ((name, item) for name, items in rows.items() for item in items):
+            assert results[setting][name][item] == pytest.approx(rows[name][item], abs=1e-3)

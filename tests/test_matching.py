@@ -314,6 +314,21 @@ def test_it_learns_below_the_resolution_and_the_noise_too(sets):
     assert 0 < found.noise_std < 0.02, "of measurements without noise, from a start at 0.02"
 
 
+@pytest.mark.parametrize("noise_std, flow_steps", [(0.005, 400), (0.08, 100)])
+def test_matching_learns_the_noise_along_with_the_kernel(sets, noise_std, flow_steps):
+    """From 0.02, where a start is given: down or up, a good part of the way."""
+    clean, _, k = sets
+    degraded = Blur("valid")(dead_leaves(150, 46, seed=1), k)
+    degraded = degraded + noise_std * torch.randn(degraded.shape, generator=torch.Generator().manual_seed(2))
+    net = dict(base_channels=8, multipliers=(1, 2), groups=4)
+    flow = fit_flow(degraded, patch=8, steps=flow_steps, batch=32, net=net)
+    options = dict(patch=8, steps=60, batch=32, flow=flow, start=k, learning_rate=1e-3)
+    found = tiny(clean, degraded, noise_std=None, **options)
+    assert abs(math.log(found.noise_std / noise_std)) < 0.85 * abs(math.log(0.02 / noise_std))
+    assert found.noise_std == pytest.approx(float(found.history["noise_std"][-1]))
+    assert tiny(clean, degraded, **options | dict(steps=2)).noise_std == 0.02, "where it is given"
+
+
 def test_the_seed_decides(sets, monkeypatch):
     clean, degraded, _ = sets
     flows = [fit_flow(degraded, patch=8, steps=4, batch=4, net=TINY, seed=s) for s in (0, 0, 1)]
@@ -336,7 +351,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
 
     def run(folder):
         flow = fit_flow(degraded, patch=8, steps=6, batch=4, net=TINY, folder=folder)
-        return tiny(clean, degraded, flow=flow, folder=folder, truth=k)
+        return tiny(clean, degraded, flow=flow, folder=folder, truth=k, noise_std=None)
 
     whole = run(tmp_path / "a")
     real, saves = matching.save_whole, []
@@ -354,12 +369,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
     again = run(tmp_path / "b")
     assert saves == ["flow.pt"] * 6 + ["operator.pt"] * 6, "steps were lost or done twice"
     torch.testing.assert_close(again.kernel, whole.kernel, atol=1e-6, rtol=0)
-    assert again.history.keys() == whole.history.keys() == {"step", "gap", "loss", "kernel", "mnc"}
+    assert again.history.keys() == whole.history.keys() == {"step", "gap", "loss", "kernel", "mnc", "noise_std"}
+    assert again.noise_std == pytest.approx(whole.noise_std, abs=1e-7) and whole.noise_std != 0.02
     for key, values in whole.history.items():
         torch.testing.assert_close(again.history[key], values, atol=1e-5, rtol=0)
     assert math.isclose(run(tmp_path / "b").kernel.sub(whole.kernel).abs().max(), 0, abs_tol=1e-6)
     with pytest.raises(ValueError, match=r"folder: .*operator.pt is of another run, whose seed differed"):
-        tiny(clean, degraded, flow=again.flow, folder=tmp_path / "b", seed=1)
+        tiny(clean, degraded, flow=again.flow, folder=tmp_path / "b", noise_std=None, seed=1)
     with pytest.raises(ValueError, match=r"steps: .*flow.pt has 6 steps already, got 5; ask for as many or more"):
         fit_flow(degraded, patch=8, steps=5, batch=4, net=TINY, folder=tmp_path / "b")
 
@@ -471,7 +487,6 @@ def test_images_of_any_size(sets):
             ValueError,
             "clean: image 0 has 40x20 pixels, 22x22",
         ),
-        (dict(noise_std=None), ValueError, "noise_std: has to be given with a start"),
         (dict(operator=print), TypeError, "operator: expected a Blur, Downsample or SpaceVaryingBlur, got built"),
         (dict(start=torch.ones(1, 1, 5, 5)), ValueError, r"start: expected shape \(1, 1, 7, 7\)"),
         (dict(start=torch.ones(1, 1, 7, 7)), ValueError, "start: expected a kernel, non-negative and of sum one"),
