@@ -135,4 +135,4 @@ def test_of_a_grid_of_experiments_too(tmp_path, monkeypatch):
     for setting, rows in json.loads(alone.read_text())["results"].items():
         assert list(rows) == list(results[setting]) == names
         for name, item in ((name, item) for name, items in rows.items() for item in items):
-            assert results[setting][name][item] == pytest.approx(rows[name][item], abs=1e-3)
+            assert results[setting][name][item]["psnr"] == pytest.approx(rows[name][item]["psnr"], abs=1e-3)
