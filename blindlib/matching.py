@@ -185,7 +185,7 @@ class Learned:
         Every few steps: ``step``; ``gap``, the mean squared difference of the two velocities since the last entry (it
         falls to a floor as the two sets become alike); ``loss``, that of the auxiliary net's flow matching; ``kernel``
         (n, ...), with the haze that ``Learned.kernel`` is rid of (:func:`bare`); ``mnc``, where the truth was given;
-        ``noise_std``, where it was not.
+        ``noise_std``, where that was learned.
     deviation : Tensor, shape (n, 3)
         :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
         least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
@@ -552,9 +552,11 @@ def learn_operator(
         last = step + 1 == steps
         check = last or (step + 1) % max(APART, steps // CHECKS) == 0
         if check or (step + 1) % max(1, steps // 40) == 0:
-            now, moments.noise_std = simplex(model().detach()).cpu(), level["log"].detach().exp()
+            now = simplex(model().detach()).cpu()
             seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
-            seen |= {} if noise_std is not None else {"noise_std": float(moments.noise_std)}
+            if noise_std is None:
+                moments.noise_std = level["log"].detach().exp()
+                seen["noise_std"] = float(moments.noise_std)
             run.keep(step=step + 1, kernel=now[0], **seen)
         if check:
             checks.append(team.agreed(moments(bare(now)).cpu()))
