@@ -20,9 +20,9 @@ from torch import Tensor
 
 from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
-from blindlib.em import Threshold, fit_kernel
+from blindlib.em import Threshold, centred, fit_kernel
 from blindlib.metrics import recentred
-from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf, share, warp
+from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf
 from blindlib.priors import Prior, pick_device
 from blindlib.sampler import bar, dpir
 
@@ -184,33 +184,13 @@ class Moments:
         """
         held, g = steps // 2, _generator_on(self.scenes.device, self.seed)
         kernel = Threshold(0.1)(start.to(self.scenes), 0)  # without the haze of a retrieved kernel
-        kernel = self._descend(kernel, steps - held, learning_rate, 0.0, g)
+        kernel = _descend(self, kernel, steps - held, learning_rate, 0.0, g)
         # A sharp kernel differs much from itself a third of a pixel away.
-        return bare(self._descend(recentred(bare(kernel)), held, learning_rate, 10.0, g))
+        return bare(_descend(self, recentred(bare(kernel)), held, learning_rate, 10.0, g))
 
-    def _descend(
-        self, kernel: Tensor, steps: int, learning_rate: float, hold: float, generator: torch.Generator
-    ) -> Tensor:
-        # Squares are never negative, and with them a step moves faint pixels less than bright ones.
-        root = torch.nn.Parameter((kernel + 1e-5).sqrt())
-        level = torch.nn.Parameter(self.noise_std.log()) if not self.noise_is_known else None
-        optimizer = torch.optim.Adam([root], lr=learning_rate, betas=(0.9, 0.95))
-        if level is not None:
-            optimizer.add_param_group({"params": [level]})
-        for step in range(steps):
-            set_rate(optimizer, learning_rate, step, steps)
-            if level is not None:
-                optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
-                self.noise_std = level.exp()
-            k = simplex(root.square())
-            # Noise that was always the same would be fitted too, and haze far out would decide where the centre is.
-            loss = self(k, generator).sum() + hold * off_centre(bare(k)).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if level is not None:
-            self.noise_std = level.detach().exp()
-        return simplex(root.detach().square())
+    def _loss(self, kernel: Tensor, generator: torch.Generator) -> Tensor:
+        # Noise that was always the same would be fitted too.
+        return self(kernel, generator).sum()
 
     def _moments(self, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Moments of tiles (N, C, S, S), each (S, S // 2 + 1), its mean's variance, the N tiles' deviations."""
@@ -335,9 +315,8 @@ class FieldMoments:
     """:class:`Moments` of each cell of a field, for a blur that changes over it: a grid of PSFs.
 
     A cell's moments are taken from tiles about its middle, where its PSF's share is largest. Neighbouring PSFs have
-    theirs in it too, so a tile is simulated with all of them, as :class:`SpaceVaryingBlur` interpolates them; while one
-    is fitted, the others stay. (A cell taken as uniformly blurred has no PSF that fits: the mean of power spectra is
-    not the spectrum of the mean.)
+    theirs in it too, so a tile is simulated with all of them, as :class:`SpaceVaryingBlur` interpolates them. (A cell
+    taken as uniformly blurred has no PSF that fits: the mean of power spectra is not the spectrum of the mean.)
 
     Parameters
     ----------
@@ -353,8 +332,7 @@ class FieldMoments:
     Attributes
     ----------
     noise_std : Tensor, shape ()
-        Of the degraded images, on the [-1, 1] scale; where none was given, the median of what :meth:`fit` found in the
-        cells.
+        Of the degraded images, on the [-1, 1] scale; where none was given, what :meth:`fit` found.
 
     Raises
     ------
@@ -383,8 +361,10 @@ class FieldMoments:
         self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
         self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
         check_noise(noise_std, optional=True)
-        self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std)
-        self.cells = {}  # what was measured in each stays as it is from sweep to sweep
+        self.noise_is_known = noise_std is not None
+        self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=pick_device(device))
+        self.at_once = min(4, grid[0] * grid[1])  # cells, in a step
+        self.cells = {}  # what was measured in each
 
     def retrieved(self) -> Tensor:
         """Each cell's :func:`retrieved_kernel`, as if it were blurred uniformly: (1, rows, columns, 1, K, K)."""
@@ -396,22 +376,27 @@ class FieldMoments:
     def __call__(self, psfs: Tensor) -> Tensor:
         """As of :class:`Moments`, the mean over the cells; (3,)."""
         with torch.no_grad():
-            return torch.stack([self._moments(cell, psfs)(psfs[:, *cell]).cpu() for cell in self._cells()]).mean(0)
+            return torch.stack([self._moments(cell)(psfs).cpu() for cell in self._cells()]).mean(0)
 
-    def fit(
-        self, start: Tensor, *, sweeps: int = 4, steps: int = 8, learning_rate: float = 2e-2, progress: bool = False
-    ) -> Tensor:
-        """PSFs (1, rows, columns, 1, K, K) of little deviation near ``start``: ``sweeps`` times each one is fitted."""
-        psfs, levels = simplex(Threshold(0.1)(start, 0)), []
+    def fit(self, start: Tensor, *, epochs: int = 60, learning_rate: float = 1e-2, progress: bool = False) -> Tensor:
+        """PSFs (1, rows, columns, 1, K, K) of least deviation near ``start``; in an epoch each cell is seen once.
+
+        All together, as each is seen through its neighbours: fitted one by one, each makes up for the others' faults.
+        For half of the epochs they may lie where they like, as in :meth:`Moments.fit`. A noise level that is not known
+        is fitted too.
+        """
+        check_counts(epochs=epochs)
         g = _generator_on(pick_device(self.options["device"]), self.options["seed"])
-        for cell in bar(sweeps * self._cells(), "fitting PSFs", progress, unit="PSF"):
-            moments = self._moments(cell, psfs)
-            # Held all the way: between PSFs of which each lies where it likes, none can be interpolated.
-            psf = _centred(bare(psfs[:, *cell]).to(moments.scenes))
-            psfs[:, *cell] = moments._descend(psf, steps, learning_rate, 10.0, g).to(psfs)
-            levels.append(moments.noise_std.cpu())
-            self.noise_std = torch.stack(levels[-len(self._cells()) :]).median()
-        return bare(psfs)
+        free, held = (-(-n * len(self._cells()) // self.at_once) for n in (epochs - epochs // 2, epochs // 2))
+        psfs = _descend(self, Threshold(0.1)(start.to(g.device), 0), free, learning_rate, 0.0, g, progress)
+        psfs = centred(bare(psfs).flatten(0, 2)).reshape(psfs.shape)  # by parts of a pixel: neighbours are interpolated
+        return bare(_descend(self, psfs, held, learning_rate, 10.0, g, progress))
+
+    def _loss(self, psfs: Tensor, generator: torch.Generator) -> Tensor:
+        """Of a few cells, and of a few scenes in each: many small steps lead further than a few large ones."""
+        cells = self._cells()
+        some = torch.randperm(len(cells), generator=generator, device=generator.device)[: self.at_once]
+        return sum(self._moments(cells[i], 200, generator)(psfs, generator).sum() for i in some.tolist()) / len(some)
 
     def _cells(self) -> list[tuple[int, int]]:
         return list(itertools.product(*map(range, self.grid)))
@@ -430,13 +415,21 @@ class FieldMoments:
         side = self.side
         return [y[:, a : a + side, b : b + side] for y in self.degraded for a, b in self._corners(cell)]
 
-    def _moments(self, cell: tuple[int, int], psfs: Tensor) -> Moments:
-        blur = _OnePSF(psfs, cell, [(*corner, *self.field) for corner in self._corners(cell)])
+    def _moments(
+        self, cell: tuple[int, int], most: int | None = None, generator: torch.Generator | None = None
+    ) -> Moments:
+        """Moments of a cell as a function of all PSFs, of all scenes or at most so many, drawn at random."""
         if cell not in self.cells:
-            self.cells[cell] = new = Moments(self.clean, self._tiles(cell), blur, **self.options)
+            self.cells[cell] = new = Moments(self.clean, self._tiles(cell), **self.options)
             new.scenes = next(iter(self.cells.values())).scenes  # the same in all cells
         moments = copy.copy(self.cells[cell])
-        moments.operator, moments.noise_std = blur, self.noise_std.to(moments.noise_std)
+        if most is not None:
+            order = torch.randperm(len(moments.scenes), generator=generator, device=moments.scenes.device)
+            moments.scenes = moments.scenes[order[:most]]
+        corners, n = self._corners(cell), len(moments.scenes)
+        parts = [(*corners[i * len(corners) // n], *self.field) for i in range(n if len(corners) > 1 else 1)]
+        moments.operator = partial(SpaceVaryingBlur("valid"), part=parts)
+        moments.noise_std = self.noise_std.to(moments.noise_std)
         return moments
 
 
@@ -583,36 +576,36 @@ def checked_operator(operator: Operator | None) -> Operator:
     return operator
 
 
-class _OnePSF(Blur):
-    """The blur of parts of a field as a function of one of its PSFs; always of the same scenes, each in one part."""
-
-    def __init__(self, psfs: Tensor, cell: tuple[int, int], parts: list[tuple[int, int, int, int]]) -> None:
-        super().__init__("valid")
-        self.others, self.cell, self.parts, self.fixed = psfs.clone(), cell, parts, None
-        self.others[:, *cell] = 0
-
-    def __call__(self, image: Tensor, kernel: Tensor) -> Tensor:
-        y = super().__call__(image, kernel)
-        if self.fixed is None:
-            varying, others = SpaceVaryingBlur("valid"), self.others.to(image)
-            rest, weight = torch.empty_like(y), torch.empty_like(y[:, :1])
-            parts = self.parts[:: -(-len(self.parts) // len(image))]  # no more than there are scenes, from all over
-            for i, part in enumerate(parts):
-                rest[i :: len(parts)] = varying(image[i :: len(parts)], others, part=part)
-                weight[i :: len(parts)] = share(self.cell, others.shape[1:3], [part], y)
-            self.fixed = rest.detach(), weight
-        rest, weight = self.fixed
-        return rest + weight * y
-
-
-def _centred(kernel: Tensor) -> Tensor:
-    """A kernel (1, 1, K, K) with its centre of mass at pixel ``K // 2``, moved by fractions of a pixel."""
-    for _ in range(2):  # what leaves the window moves the centre a little
-        y, x = _offsets(kernel)
-        move = torch.stack([(kernel * x).sum(), (kernel * y).sum()])[None, :, None, None]
-        kernel = warp(kernel, move.expand(1, 2, *kernel.shape[-2:]), "zero")
-        kernel = kernel / kernel.sum()
-    return kernel
+def _descend(
+    moments: Moments | FieldMoments,
+    kernel: Tensor,
+    steps: int,
+    learning_rate: float,
+    hold: float,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> Tensor:
+    """The kernel, or PSFs, after so many steps of Adam, and the moments' noise level too, where it is not known."""
+    # Squares are never negative, and with them a step moves faint pixels less than bright ones.
+    root = torch.nn.Parameter((kernel + 1e-5).sqrt())
+    level = torch.nn.Parameter(moments.noise_std.log()) if not moments.noise_is_known else None
+    optimizer = torch.optim.Adam([root], lr=learning_rate, betas=(0.9, 0.95))
+    if level is not None:
+        optimizer.add_param_group({"params": [level]})
+    for step in bar(range(steps), "fitting moments", progress, unit="step"):
+        set_rate(optimizer, learning_rate, step, steps)
+        if level is not None:
+            optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
+            moments.noise_std = level.exp()
+        k = simplex(root.square())
+        # Haze far out would decide where the centre is.
+        loss = moments._loss(k, generator) + hold * off_centre(bare(k)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if level is not None:
+        moments.noise_std = level.detach().exp()
+    return simplex(root.detach().square())
 
 
 def _tiles(images: list[Tensor], side: int, most: int, g: torch.Generator) -> Tensor:

@@ -74,13 +74,13 @@ from blindlib.operators import seen
 from blindlib.priors import pick_device
 
 sizes = {
-    "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "sweeps": 1, "fit": 8, "patch": 16,
+    "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "epochs": 20, "patch": 16,
            "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "kernel_lens": 7, "blind": 5,
            "kernel_sr": 9, "fit_sr": 20, "part": 24},
-    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "sweeps": 4, "fit": 8, "patch": 32,
+    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "epochs": 40, "patch": 32,
             "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "kernel_lens": 9,
             "blind": 12, "kernel_sr": 13, "fit_sr": 60, "part": 64},
-    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "sweeps": 4, "fit": 8,
+    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "epochs": 60,
             "patch": 64, "flow": 2000, "steps": 200, "batch": 128, "held_out": 4, "lens": (8, 8),
             "kernel_lens": 13, "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
 }[preset]  # fmt: skip
@@ -192,7 +192,7 @@ figure = display.show(
 )
 
 # %% [markdown]
-# ## One cell after the other
+# ## All cells at once
 #
 # What notebook 06 did for one kernel could be done for each cell: take from all pictures the part where the cell is,
 # retrieve a kernel from its power spectrum, fit its moments. But within a cell the blur is not uniform, and
@@ -206,14 +206,16 @@ of_mean = (two.mean(0)[0] - two.mean(0)[1]).square().item()
 print(f"mean of the spectra {of_each:.1f}, spectrum of the mean {of_mean:.1f}")  # NBVAL_CHECK_OUTPUT
 
 # %% [markdown]
-# So the simulated tiles are blurred by the whole grid, interpolated, and the PSF of the cell is fitted with its
-# neighbours held fixed. Then the next cell, and when all are done, from the first one on again. In code:
+# So the simulated tiles are blurred by the whole grid, interpolated, and all PSFs are fitted at once. (One after the
+# other, with its neighbours as they are, each would make up for the faults of the others.) In code:
 #
 # ```python
-# psfs = [retrieved_kernel(clean, tiles(cell)) for cell in cells]     # each for itself
-# for cell in 4 * cells:                                               # coordinate descent, four sweeps of few steps
-#     def simulate(x, h): return share(cell) * (h * x) + sum(share(c) * (psfs[c] * x) for c in cells if c != cell)
-#     psfs[cell] = Moments(clean, tiles(cell), simulate).fit(psfs[cell])
+# psfs = [retrieved_kernel(clean, tiles(cell)) for cell in cells]          # each for itself
+# for step in range(steps):
+#     some = random.sample(cells, 4)                                       # and of each a few hundred scenes
+#     loss = mean(mismatch(field_blur(scenes, psfs, part=c), tiles(c)) for c in some)  # of moments, as in notebook 06
+#     if step >= steps / 2: loss += distance of each PSF's centre of mass from the middle of its window
+#     psfs -= Adam(gradient(loss, psfs))
 # ```
 #
 # This is `FieldMoments`:
@@ -224,7 +226,7 @@ if preset != "ci":
 began = time.perf_counter()
 moments = FieldMoments(clean_grey, degraded, grid, noise_std=grey_noise, kernel_size=window, seed=seed, device=device)
 alone = moments.retrieved().to(device)
-fitted = moments.fit(alone, sweeps=sizes["sweeps"], steps=sizes["fit"], progress=True)
+fitted = moments.fit(alone, epochs=sizes["epochs"], progress=True)
 seconds_fit = time.perf_counter() - began
 everywhere = retrieved_kernel(clean_grey, degraded, noise_std=grey_noise, kernel_size=window, seed=seed).to(device)
 everywhere = everywhere[:, None, None].expand_as(psfs)
@@ -341,7 +343,7 @@ for c in range(3):
         kernel_size=lens_window,
         device=device,
     )
-    colours.append(one.fit(one.retrieved().to(device), sweeps=sizes["sweeps"], steps=sizes["fit"]))
+    colours.append(one.fit(one.retrieved().to(device), epochs=sizes["epochs"]))
     noise_found.append(one.noise_std.item())
 each_alone = torch.cat(colours, dim=3)
 calibrated = mirrored(each_alone)
@@ -369,8 +371,7 @@ _ = display.save_figure(figure, "07_lens.png")
 
 # %% [markdown]
 # What the calibrated PSFs restore cannot be told from what the true ones do. To know the noise, the fit has to know the
-# PSFs, and the other way round: several sweeps of a few steps each find both, and a single sweep of more steps ended
-# with a quarter too little noise.
+# PSFs, and the other way round: its level is one more parameter, the same in all cells, and is fitted along with them.
 #
 # ## Twice the resolution, from a single photograph
 #
@@ -560,7 +561,7 @@ _ = display.record(
 # mixed = SpaceVaryingBlur("valid", weights_at="scene")
 # y = noisy(torch.cat([mixed(x, psfs) for x in sharp.split(50)]), seed).mean(1, keepdim=True)
 # other = FieldMoments(clean_grey, y, grid, noise_std=grey_noise, kernel_size=window)
-# print(likeness(other.fit(fitted, steps=10), psfs).mean())
+# print(likeness(other.fit(fitted), psfs).mean())
 # ```
 #
 # Hold what you find against the difference of the two orders that was printed above.

@@ -84,12 +84,12 @@ class Experiment:
 EXPERIMENTS = [
     Experiment("motion blur, 17x17", 64, 17, 0.02),
     Experiment("motion blur, 13x13", 64, 13, 0.02),
-    Experiment("field of 4x4 PSFs, 9x9", 128, 9, 0.01, (4, 4), 600, held_out=128, steps=8),
-    Experiment("lens of 3x3 PSFs in colour, 9x9", 128, 9, 0.01, (3, 3), 600, held_out=128, steps=8),
+    Experiment("field of 4x4 PSFs, 9x9", 128, 9, 0.01, (4, 4), 600, held_out=128),
+    Experiment("lens of 3x3 PSFs in colour, 9x9", 128, 9, 0.01, (3, 3), 600, held_out=128),
     Experiment("twice the resolution, 13x13", 64, 13, 0.01, steps=60),
     # 28 of 256 as the paper; a thousand pictures take too long to make, and 300 have more tiles than `Moments` takes.
     Experiment("motion blur, 28x28 of 256x256", 256, 28, 0.02, degraded=300, held_out=225, paper=True),
-    Experiment("field of 8x8 PSFs, 13x13 of 256x256", 256, 13, 0.01, (8, 8), held_out=256, steps=8, paper=True),
+    Experiment("field of 8x8 PSFs, 13x13 of 256x256", 256, 13, 0.01, (8, 8), held_out=256, paper=True),
 ]
 
 
@@ -242,7 +242,7 @@ def cells(e: Experiment, seed: int) -> Tensor:
 
 def field(e: Experiment, seed: int) -> Tensor:
     moments = field_moments(e, seed)
-    return moments.fit(moments.retrieved(), steps=e.steps)
+    return moments.fit(moments.retrieved())
 
 
 def lens(e: Experiment, seed: int) -> Tensor:
@@ -251,7 +251,7 @@ def lens(e: Experiment, seed: int) -> Tensor:
     colours = []
     for c in range(3):
         one = FieldMoments(clean[:, c : c + 1], degraded[:, c : c + 1], e.grid, noise_std=None, kernel_size=e.kernel)
-        colours.append(one.fit(one.retrieved(), steps=e.steps))
+        colours.append(one.fit(one.retrieved()))
     return torch.cat(colours, dim=3)
 
 
