@@ -386,7 +386,7 @@ class FieldMoments:
         is fitted too.
         """
         check_counts(epochs=epochs)
-        g = _generator_on(pick_device(self.options["device"]), self.options["seed"])
+        g = _generator_on(self.noise_std.device, self.options["seed"])
         free, held = (-(-n * len(self._cells()) // self.at_once) for n in (epochs - epochs // 2, epochs // 2))
         psfs = _descend(self, Threshold(0.1)(start.to(g.device), 0), free, learning_rate, 0.0, g, progress)
         psfs = centred(bare(psfs).flatten(0, 2)).reshape(psfs.shape)  # by parts of a pixel: neighbours are interpolated

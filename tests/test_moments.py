@@ -181,8 +181,8 @@ def likeness(a, b):
 @pytest.mark.parametrize("length", [60, 130])
 def test_a_cells_tiles_are_simulated_as_the_field_blurs_them(length, g):
     """As many tiles as a cell holds, at least one about its middle; and as many scenes as are asked for."""
-    psfs = torch.rand(1, 2, 1, 1, 5, 5, generator=g)
-    whole = torch.randn(1, 1, length + 4, 34, generator=g)
+    psfs = torch.rand(1, 2, 1, 1, 5, 5, generator=g).double()
+    whole = torch.randn(1, 1, length + 4, 34, generator=g).double()
     field = FieldMoments(
         dead_leaves(2, 40).mean(1, keepdim=True), torch.rand(9, 1, length, 30), (2, 1), noise_std=0.01, kernel_size=5
     )
