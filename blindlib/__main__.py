@@ -257,20 +257,27 @@ def read_folder(
     grey: bool = True,
     seed: int,
     warn: Callable[[str], None],
+    most: int = 2**29,
 ) -> list[Tensor]:
     """The photographs of a folder as images (1 or 3, H, W) in [-1, 1]; what is no picture or too small is skipped.
 
     Of an sRGB response they are the light, which is what was blurred. Grey is the mean of the colours: a blur that is
     the same for all three commutes with it, and noise gets less. Of a photograph larger than ``crop`` a random part is
-    taken, never a smaller copy, for which the blur would be another one.
+    taken, never a smaller copy, for which the blur would be another one. When they have ``most`` values (2 GB of
+    memory: forty-odd whole photographs of twelve megapixels in grey, which hold all the tiles that moments are taken
+    of), the rest is left out.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
     if crop < least:
         raise ValueError(f"crop: expected at least {least}, got {crop}")
     g = torch.Generator().manual_seed(seed)
-    images = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+    images, paths = [], sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    for i, path in enumerate(paths):
+        if sum(x.numel() for x in images) >= most:
+            room = f"{len(images)} photographs take the memory meant for them"
+            warn(f"left out: {len(paths) - i} files from {path.name!r} on; {room}")
+            break
         try:
             x = read_image(path)
             x = (to_light(x) if response == "srgb" else x)[0]

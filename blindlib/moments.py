@@ -378,17 +378,19 @@ class FieldMoments:
         with torch.no_grad():
             return torch.stack([self._moments(cell)(psfs).cpu() for cell in self._cells()]).mean(0)
 
-    def fit(self, start: Tensor, *, epochs: int = 60, learning_rate: float = 1e-2, progress: bool = False) -> Tensor:
-        """PSFs (1, rows, columns, 1, K, K) of least deviation near ``start``; in an epoch each cell is seen once.
+    def fit(
+        self, start: Tensor, *, steps: int | None = None, learning_rate: float = 1e-2, progress: bool = False
+    ) -> Tensor:
+        """PSFs (1, rows, columns, 1, K, K) of least deviation near ``start``, after so many steps.
 
-        All together, as each is seen through its neighbours: fitted one by one, each makes up for the others' faults.
-        For half of the epochs they may lie where they like, as in :meth:`Moments.fit`. A noise level that is not known
-        is fitted too.
+        By default fifteen for each cell, at least 240; a step looks at four. All PSFs together, as each is seen through
+        its neighbours: fitted one by one, each makes up for the others' faults. For half of the steps they may lie
+        where they like, as in :meth:`Moments.fit`. A noise level that is not known is fitted too.
         """
-        check_counts(epochs=epochs)
-        g = _generator_on(self.noise_std.device, self.options["seed"])
-        free, held = (-(-n * len(self._cells()) // self.at_once) for n in (epochs - epochs // 2, epochs // 2))
-        psfs = _descend(self, Threshold(0.1)(start.to(g.device), 0), free, learning_rate, 0.0, g, progress)
+        steps = max(240, 15 * len(self._cells())) if steps is None else steps
+        check_counts(steps=steps)
+        held, g = steps // 2, _generator_on(self.noise_std.device, self.options["seed"])
+        psfs = _descend(self, Threshold(0.1)(start.to(g.device), 0), steps - held, learning_rate, 0.0, g, progress)
         psfs = centred(bare(psfs).flatten(0, 2)).reshape(psfs.shape)  # by parts of a pixel: neighbours are interpolated
         return bare(_descend(self, psfs, held, learning_rate, 10.0, g, progress))
 

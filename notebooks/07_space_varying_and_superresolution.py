@@ -74,15 +74,15 @@ from blindlib.operators import seen
 from blindlib.priors import pick_device
 
 sizes = {
-    "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "epochs": 20, "patch": 16,
-           "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "kernel_lens": 7, "epochs_lens": 20,
+    "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "fit": 20, "patch": 16,
+           "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "kernel_lens": 7, "fit_lens": 20,
            "blind": 5, "kernel_sr": 9, "fit_sr": 20, "part": 24},
-    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "epochs": 24, "patch": 32,
+    "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "fit": 96, "patch": 32,
             "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "kernel_lens": 9,
-            "epochs_lens": 48, "blind": 6, "kernel_sr": 13, "fit_sr": 60, "part": 64},
-    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "epochs": 60,
+            "fit_lens": 108, "blind": 6, "kernel_sr": 13, "fit_sr": 60, "part": 64},
+    "gpu": {"scenes": 1000, "clean": 100, "field": 256, "grid": (8, 8), "kernel": 27, "fit": None,
             "patch": 64, "flow": 2000, "steps": 200, "batch": 128, "held_out": 4, "lens": (8, 8),
-            "kernel_lens": 13, "epochs_lens": 60, "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
+            "kernel_lens": 13, "fit_lens": None, "blind": 12, "kernel_sr": 15, "fit_sr": 200, "part": 128},
 }[preset]  # fmt: skip
 grid, window, side = sizes["grid"], sizes["kernel"], sizes["field"]
 grow = window - 1  # a sensor sees less than what its light comes from
@@ -226,7 +226,7 @@ if preset != "ci":
 began = time.perf_counter()
 moments = FieldMoments(clean_grey, degraded, grid, noise_std=grey_noise, kernel_size=window, seed=seed, device=device)
 alone = moments.retrieved().to(device)
-fitted = moments.fit(alone, epochs=sizes["epochs"], progress=True)
+fitted = moments.fit(alone, steps=sizes["fit"], progress=True)
 seconds_fit = time.perf_counter() - began
 everywhere = retrieved_kernel(clean_grey, degraded, noise_std=grey_noise, kernel_size=window, seed=seed).to(device)
 everywhere = everywhere[:, None, None].expand_as(psfs)
@@ -344,7 +344,7 @@ for c in range(3):
         kernel_size=lens_window,
         device=device,
     )
-    colours.append(one.fit(one.retrieved().to(device), epochs=sizes["epochs_lens"]))
+    colours.append(one.fit(one.retrieved().to(device), steps=sizes["fit_lens"]))
     noise_found.append(one.noise_std.item())
 each_alone = torch.cat(colours, dim=3)
 calibrated = mirrored(each_alone)

@@ -583,6 +583,17 @@ def test_of_photographs_the_light_is_compared(folders):
     assert light.mean() < values.mean() - 0.05
 
 
+def test_no_more_photographs_are_held_than_there_is_room_for(folders):
+    said = []
+    options = dict(name="clean", least=30, crop=100, seed=0, response="srgb")
+    every = read_folder(folders / "clean", **options, warn=lambda line: None)
+    some = read_folder(folders / "clean", **options, warn=said.append, most=every[0].numel() + 1)
+    assert len(every) == 3 and len(some) == 2
+    for x, y in zip(some, every[:2], strict=True):
+        torch.testing.assert_close(x, y)
+    assert said == ["left out: 3 files from 'c.tif' on; 2 photographs take the memory meant for them"]
+
+
 @pytest.mark.parametrize("response", ["srgb", "linear"])
 def test_an_operators_file_says_what_it_blurs(folders, response, monkeypatch, capsys):
     """The command passes its photographs on so, and deblur undoes it so."""

@@ -210,7 +210,7 @@ def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(fie
     clean, degraded, psfs = field_sets
     moments = FieldMoments(clean, degraded, (2, 2), noise_std=0.01, kernel_size=7)
     alone = moments.retrieved()
-    found = moments.fit(alone, epochs=40)
+    found = moments.fit(alone, steps=40)
     one = retrieved_kernel(clean, degraded, noise_std=0.01, kernel_size=7)[:, None, None].expand_as(psfs)
     means = {name: float(likeness(f, psfs).mean()) for name, f in (("one", one), ("alone", alone), ("found", found))}
     assert means["found"] > max(0.9, means["one"] + 0.05, means["alone"] + 0.02), means
@@ -221,7 +221,7 @@ def test_a_grid_of_psfs_is_found_better_than_one_for_all_and_than_each_alone(fie
 def test_the_noise_of_a_field_is_found_too(field_sets):
     clean, degraded, psfs = field_sets
     moments = FieldMoments(clean, degraded, (1, 2), noise_std=None, kernel_size=7)
-    moments.fit(psfs.mean(1, keepdim=True), epochs=60)
+    moments.fit(psfs.mean(1, keepdim=True), steps=60)
     assert float(moments.noise_std) == pytest.approx(0.01, rel=0.25)
     assert moments(psfs.mean(1, keepdim=True)).max() < 2
 
