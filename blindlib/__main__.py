@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from blindlib.checks import check_counts, check_noise
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         "--grid",
         type=_grid,
         metavar="ROWSxCOLUMNS",
-        help="of PSFs, for a blur that changes over the field; degraded photographs are then of one size, used whole",
+        help="of PSFs, for a blur that changes over the field; degraded photographs are then of one size, "
+        "taken with the camera held the same way, and used whole",
     )
     q.add_argument(
         "--colour",
@@ -214,13 +216,8 @@ def _learn_operator(a: argparse.Namespace) -> str:
     read = dict(response=a.response, grey=not a.colour, seed=a.seed, warn=warn)
     least = max(patch + a.kernel_size - 1, 0 if a.grid is None else 3 * a.kernel_size - 2)
     clean = read_folder(a.clean, "clean", least=least, crop=a.crop, **read)
-    crop = a.crop if a.grid is None else sys.maxsize
-    degraded = read_folder(a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), crop=crop, **read)
-    if a.grid is not None:
-        ((size, count),) = Counter(y.shape for y in degraded).most_common(1)
-        if count < len(degraded):
-            warn(f"skipped: {len(degraded) - count} photographs that are not {size[2]}x{size[1]} pixels, as most are")
-        degraded = [y for y in degraded if y.shape == size]
+    whole = dict(crop=a.crop) if a.grid is None else dict(crop=sys.maxsize, alike=True)
+    degraded = read_folder(a.degraded, "degraded", least=max(patch, 2 * a.kernel_size - 1), **whole, **read)
     say(f"{len(clean)} clean and {len(degraded)} degraded photographs")
     folder = a.folder or a.out.with_suffix(".run")
     flow_steps = {} if a.flow_steps is None else {"steps": a.flow_steps}
@@ -257,6 +254,7 @@ def read_folder(
     grey: bool = True,
     seed: int,
     warn: Callable[[str], None],
+    alike: bool = False,
     most: int = 2**29,
 ) -> list[Tensor]:
     """The photographs of a folder as images (1 or 3, H, W) in [-1, 1]; what is no picture or too small is skipped.
@@ -265,7 +263,8 @@ def read_folder(
     the same for all three commutes with it, and noise gets less. Of a photograph larger than ``crop`` a random part is
     taken, never a smaller copy, for which the blur would be another one. When they have ``most`` values (2 GB of
     memory: forty-odd whole photographs of twelve megapixels in grey, which hold all the tiles that moments are taken
-    of), the rest is left out.
+    of), the rest is left out. With ``alike`` only those count that were taken as most were: of one size, by a camera
+    held the same way.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
@@ -273,6 +272,15 @@ def read_folder(
         raise ValueError(f"crop: expected at least {least}, got {crop}")
     g = torch.Generator().manual_seed(seed)
     images, paths = [], sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if alike:
+        shapes = {path: shape for path in paths if (shape := _shape(path)) and min(shape[:2]) >= least}
+        common = Counter(shapes.values()).most_common(1)
+        others = [path for path, shape in shapes.items() if shape != common[0][0]]
+        if others:
+            (width, height, _), _ = common[0]
+            size = f"{width}x{height} pixels"
+            warn(f"skipped: {len(others)} photographs that are not {size}, or were held another way, unlike most")
+        paths = [path for path in paths if path not in others]
     for i, path in enumerate(paths):
         if sum(x.numel() for x in images) >= most:
             room = f"{len(images)} photographs take the memory meant for them"
@@ -293,6 +301,15 @@ def read_folder(
     if not images:
         raise ValueError(f"{name}: no photograph of at least {least}x{least} pixels in {str(folder)!r}")
     return images
+
+
+def _shape(path: Path) -> tuple[int, int, int] | None:
+    """Width, height and orientation (EXIF) as the sensor saw it; none if it is no picture."""
+    try:
+        with Image.open(path) as photo:
+            return (*photo.size, photo.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -15,20 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.checks import check_counts, check_kernel, check_noise
-from blindlib.files import save_whole
 from blindlib.jobs import Team
 from blindlib.metrics import mnc
 from blindlib.moments import (
@@ -37,6 +32,7 @@ from blindlib.moments import (
     Moments,
     Operator,
     bare,
+    check_colours,
     checked_images,
     checked_operator,
     off_centre,
@@ -51,7 +47,7 @@ from blindlib.moments import (
 )
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur
 from blindlib.priors import read_checkpoint, write_checkpoint
-from blindlib.sampler import bar
+from blindlib.runs import Run, fingerprint
 from blindlib.simulate import gaussian_kernels
 from blindlib.unet import UNet, moving_average
 
@@ -62,7 +58,6 @@ FLOW = dict(base_channels=16, multipliers=(1, 2, 2), groups=8)
 FLOW_STRIDE = 2 ** (len(FLOW["multipliers"]) - 1)
 """The side of a patch is a multiple of it."""
 
-SECONDS_BETWEEN_SAVES = 60
 # How often in a run moments look at the kernel that networks learn, steps that lie between at least, and how many times
 # in a row they may find it astray.
 CHECKS, APART, PATIENCE = 5, 10, 2
@@ -187,9 +182,10 @@ class Learned:
         (n, ...), with the haze that ``Learned.kernel`` is rid of (:func:`bare`); ``mnc``, where the truth was given;
         ``noise_std``, where that was learned.
     deviation : Tensor, shape (n, 3)
-        :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run, ten steps apart at
-        least, and at its end. Where a row's largest is above the start's and above 1.2, networks lead away from what
-        the images show. After two such rows in a row the run ends, and if the last is one, ``kernel`` is the start.
+        :class:`Moments` (of a field the mean over its cells) at the start, at each fifth of the run (no oftener than
+        every tenth step), and at its end. Where a row's largest is above the start's and above 1.2, networks lead away
+        from what the images show. After two such rows in a row the run ends, and if the last is one, ``kernel`` is the
+        start.
     seconds : float
         Of the operator steps, those of earlier sessions included.
     field : (int, int), optional
@@ -314,7 +310,7 @@ def fit_flow(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     parts = dict(model=model, mean=mean, optimizer=optimizer)
     about = dict(batch=batch, learning_rate=learning_rate, net=repr(model.config), patch=patch, seed=seed)
-    run = _Run(folder, "flow", {**about, "degraded": _fingerprint(images)}, parts, team)
+    run = Run(folder, "flow", {**about, "degraded": fingerprint(images)}, parts, team)
 
     for step in run.steps(steps, "flow matching", progress):
         set_rate(optimizer, learning_rate, step, steps)
@@ -372,15 +368,16 @@ def learn_operator(
     of training no net is at its end; without this (``frozen=True``), what the auxiliary one goes on to learn would pass
     for a difference of the images.
 
-    Up to five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no
+    About five times a run :class:`Moments` compare what the kernel simulates with the degraded images, which needs no
     truth. Twice in a row worse than at the start, and beyond chance, and the run ends, for its start. A run that goes
     well ends with its steps: convergence is not looked for.
 
     Parameters
     ----------
     clean, degraded : Tensor (N, C, H, W), or sequence of Tensors (C, H, W), about [-1, 1]
-        Sizes may differ, channels not. A clean image has to be as large as a patch and the kernel around it, a
-        degraded one as a patch and as the kernel's autocorrelation, ``2 kernel_size - 1``.
+        Sizes may differ, channels not. A clean image has to be as large as a patch and the kernel around it (under a
+        blur that varies, ``3 kernel_size - 2`` too), a degraded one as a patch and as the kernel's autocorrelation,
+        ``2 kernel_size - 1``.
     operator : Blur, Downsample or SpaceVaryingBlur, optional
         With the boundary ``"valid"``, the only one under which a patch is as the whole image is; default: a blur. If it
         varies over the field, all degraded images are of one size, that of the field; the clean ones look alike
@@ -416,7 +413,7 @@ def learn_operator(
     truth : Tensor, shape of the kernel, optional
         The true kernel, for the MNC in progress and history; it does not change the run.
     seed, folder, device, progress
-        As of :func:`fit_flow`.
+        As of :func:`fit_flow`; the fit of the start is saved and shown too.
 
     Returns
     -------
@@ -443,8 +440,7 @@ def learn_operator(
     blind = start is None and not isinstance(operator, Downsample)
     xs = checked_images("clean", clean, scene[0])
     ys = checked_images("degraded", degraded, max(patch, 2 * kernel_size - 1) if blind else patch)
-    if len(xs[0]) != len(ys[0]):
-        raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
+    check_colours(xs, ys)
     shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
     model = _Pixels(shape) if parameters is None else copy.deepcopy(parameters)
     if model().shape != shape:
@@ -466,28 +462,34 @@ def learn_operator(
         moments = FieldMoments(xs, ys, grid, **common, device=device)
     else:
         moments = Moments(xs, ys, operator, **common, device=device)
-    about = common | dict(clean=_fingerprint(xs), degraded=_fingerprint(ys))
+    about = common | dict(clean=fingerprint(xs), degraded=fingerprint(ys))
     about |= dict(operator=repr(operator), grid=tuple(map(int, grid)) if varying else None)
-    given = None if start is None else _fingerprint(start)
+    given = None if start is None else fingerprint(start)
     if start is None:
         # Saved, as it takes minutes, and with another machine's rounding it would be another start.
-        first = _Run(folder, "start", about, {}, team)
+        first = Run(folder, "start", about, {}, team)
         for _ in first.steps(1, "fitting moments", False):
-            if varying:
-                guess = moments.retrieved()
-            elif blind:
-                guess = retrieved_kernel(xs, ys, **common | {"noise_std": noise_std or 0.0})
-            else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
-                guess = _blot(kernel_size)
-            fitted = moments.fit(guess)
+            retrieved = Run(folder, "retrieved", about, {}, team)
+            for _ in retrieved.steps(1, "phase retrieval", False):
+                if varying:
+                    guess = moments.retrieved()
+                elif blind:
+                    guess = retrieved_kernel(xs, ys, **common | {"noise_std": noise_std or 0.0})
+                else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
+                    guess = _blot(kernel_size)
+                retrieved.keep(kernel=team.agreed(guess).cpu())
+            fitted = moments.fit(retrieved.kept["kernel"][0], folder=folder, progress=progress)
             first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
+        if folder is not None and team.rank == 0:  # what led there; the others have come to `agreed` since they read it
+            for name in ("retrieved", "moments-1", "moments-2"):
+                (Path(folder) / f"{name}.pt").unlink(missing_ok=True)
         start, moments.noise_std = first.kept["kernel"][0], first.kept["noise_std"][0].to(moments.noise_std)
     if flow is None:
         shared = dict(seed=seed, folder=folder, device=device, progress=progress)
         flow = fit_flow(ys, patch=patch, positions=varying, **shared)
 
     data, auxiliary = (copy.deepcopy(flow).to(device).train().requires_grad_(True) for _ in range(2))
-    about |= dict(parameters=_fingerprint(model.parameters()))
+    about |= dict(parameters=fingerprint(model.parameters()))
     model.to(device).fit(start.to(device))
     first_noise = moments.noise_std
     level = nn.ParameterDict({"log": first_noise.to(device).log()}).requires_grad_(noise_std is None)
@@ -495,15 +497,17 @@ def learn_operator(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.95))
     nets = torch.nn.ModuleDict({"data": data, "auxiliary": auxiliary})
     learning = [auxiliary] if frozen else [data, auxiliary]
-    follower = torch.optim.Adam([p for net in learning for p in net.parameters()], lr=flow_rate)
+    follower = torch.optim.Adam([p for net in learning for p in net.parameters()], lr=float(flow_rate))
     parts = dict(kernel=model, nets=nets, optimizer=optimizer, follower=follower)
     about |= dict(flow_rate=flow_rate, batch=batch, centre=centre, compact=compact, frozen=frozen)
-    about |= dict(learning_rate=learning_rate, patch=patch, start=given, flow=_fingerprint(flow.parameters()))
+    about |= dict(learning_rate=learning_rate, patch=patch, start=given, flow=fingerprint(flow.parameters()))
     if noise_std is None:
         optimizer.add_param_group({"params": level.parameters()})
         parts["noise"], about["level"] = level, "learned"
-    run = _Run(folder, "operator", about, parts, team)
-    deviation = team.agreed(moments(start.cpu()).cpu())
+    run = Run(folder, "operator", about, parts, team)
+    if "first" not in run.kept:
+        run.kept["first"] = [team.agreed(moments(start.cpu()).cpu())]
+    (deviation,) = run.kept["first"]
     checks = run.kept.setdefault("deviation", [])
 
     def astray(now: Tensor) -> bool:
@@ -566,7 +570,7 @@ def learn_operator(
         kernel, noise = bare(simplex(model().detach())).cpu(), level["log"].detach().exp()
     noise_std = float(noise if noise_std is None else noise_std)
     history = run.stacked()
-    deviation = torch.stack([deviation, *history.pop("deviation")])
+    deviation = torch.cat([history.pop("first"), history.pop("deviation")])
     return Learned(kernel, operator, noise_std, flow, history, deviation, run.seconds, field)
 
 
@@ -588,82 +592,6 @@ class _Pixels(nn.Module):
 def _blot(kernel_size: int) -> Tensor:
     """A Gaussian (1, 1, K, K), as broad as a kernel that one knows nothing about."""
     return gaussian_kernels(1, kernel_size, std=(kernel_size / 8, kernel_size / 8), seed=0)
-
-
-class _Run:
-    """The loop of a run: its steps, what it records, and, in a folder, its state, from which it can go on."""
-
-    def __init__(self, folder: str | Path | None, name: str, about: dict, parts: dict, team: Team) -> None:
-        self.name, self.parts, self.team = name, parts, team
-        # As plain numbers: what holds NumPy's, torch.load does not trust.
-        self.about = about = {k: v.item() if isinstance(v, np.generic) else v for k, v in about.items()}
-        self.done, self.seconds, self.ended = 0, 0.0, False
-        self.kept: dict[str, list] = {}
-        self.sums: dict[str, list] = {}
-        self.path = None if folder is None else Path(folder) / f"{name}.pt"
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        team.wait()  # the first may be writing still, at the end of the run before
-        if self.path.is_file():
-            # Records stay on the CPU, where they were made; the parts move their own to where they are.
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            wrong = [key for key in about if state["about"].get(key) != about[key]]
-            if wrong:
-                raise ValueError(
-                    f"folder: {self.path} is of another run, whose {', '.join(wrong)} differed; "
-                    "name another folder, or delete this one"
-                )
-            for key, part in parts.items():
-                part.load_state_dict(state[key])
-            self.done, self.seconds, self.kept, self.sums = (state[k] for k in ("step", "seconds", "kept", "sums"))
-            self.ended = state.get("ended", False)  # earlier versions' runs did not end early
-
-    def steps(self, steps: int, title: str, progress: bool) -> Iterator[int]:
-        """The steps that are left to do, until :attr:`ended`; their state is saved now and then, and after the last."""
-        if steps < self.done:
-            raise ValueError(f"steps: {self.path} has {self.done} steps already, got {steps}; ask for as many or more")
-        saved = time.monotonic()
-        shown, saves = progress and self.team.rank == 0, self.path and self.team.rank == 0
-        left = range(steps if self.ended else self.done, steps)
-        self.bar = bar(left, title, shown, initial=self.done, total=steps)
-        for step in self.bar:
-            began, self.step = time.monotonic(), step
-            yield step
-            self.seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
-            last = self.ended or step + 1 == steps
-            if saves and (last or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
-                state = {key: part.state_dict() for key, part in self.parts.items()}
-                state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
-                save_whole(state | dict(ended=self.ended), self.path)
-                saved = time.monotonic()
-            if last:
-                return
-
-    def note(self, **values: Tensor) -> None:
-        """Count ``values`` into the means that the next :meth:`keep` takes; a NaN ends the run before it is saved."""
-        for key, value in values.items():
-            value = value.detach().clone()
-            self.team.average([value])
-            total, n = self.sums.get(key, [0.0, 0])
-            self.sums[key] = [total + float(value), n + 1]
-            if not math.isfinite(self.sums[key][0]):
-                raise ArithmeticError(
-                    f"{self.name}: diverged at step {self.step + 1}, where the {key} is no number; take smaller "
-                    "learning rates"
-                )
-
-    def keep(self, **values: Tensor | float) -> None:
-        """Record ``values`` and the means since the last time; show the numbers."""
-        values |= {key: total / n for key, (total, n) in self.sums.items()}
-        self.sums = {}
-        for key, value in values.items():
-            self.kept.setdefault(key, []).append(value)
-        self.bar.set_postfix({k: f"{v:.4f}" for k, v in values.items() if isinstance(v, float)}, refresh=False)
-
-    def stacked(self) -> dict[str, Tensor]:
-        """The records, each as one tensor."""
-        return {k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in self.kept.items()}
 
 
 def _seeded_net(settings: Mapping, channels: int, patch: int, seed: int, positions: bool) -> UNet:
@@ -717,11 +645,3 @@ def _times_and_noise(y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Times (B,), uniform and stratified over the batch, and normal noise as ``y``."""
     t = (torch.randperm(len(y), generator=g) + torch.rand(len(y), generator=g)) / len(y)
     return t.to(y.device), torch.randn(y.shape, generator=g).to(y.device)
-
-
-def _fingerprint(tensors: Iterable[Tensor]) -> int:
-    """A checksum, to tell whether a saved run was of the same data."""
-    value = 0
-    for x in tensors:
-        value = zlib.crc32(x.detach().cpu().contiguous().numpy().tobytes(), value)
-    return value

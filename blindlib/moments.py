@@ -8,11 +8,13 @@ from there with an image prior. :mod:`blindlib.matching` starts from these, and 
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,11 @@ from torch import Tensor
 from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
 from blindlib.em import Threshold, centred, fit_kernel
+from blindlib.jobs import Team
 from blindlib.metrics import recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf
 from blindlib.priors import Prior, pick_device
+from blindlib.runs import Draws, Run, fingerprint
 from blindlib.sampler import bar, dpir
 
 Operator = Blur | Downsample | SpaceVaryingBlur
@@ -149,12 +153,14 @@ class Moments:
             raise TypeError("operator: a SpaceVaryingBlur has the moments of each cell, FieldMoments")
         factor, grow = getattr(self.operator, "factor", 1), kernel_size - 1
         xs, ys = checked_images("clean", clean, factor + grow), checked_images("degraded", degraded, 1)
+        check_colours(xs, ys)
         least = [min(y.shape[-2:]) for y in ys] + [(min(x.shape[-2:]) - grow) // factor for x in xs]
         side = min(4 * kernel_size, *least)
         g = torch.Generator().manual_seed(seed)
         device = pick_device(device)
         x = _tiles(xs, factor * side + grow, 400, g).to(device)
         self.scenes, self.seed = torch.cat([x, x.flip(-1)]), seed
+        self.sets, self.about = (xs, ys), dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=device)
         moments = self._moments(_tiles(ys, side, 1000, g).to(device))
@@ -175,18 +181,28 @@ class Moments:
             out.append((z.square().sum() - excess * (component @ z).square()) / (a.numel() - 1))
         return torch.stack(out)
 
-    def fit(self, start: Tensor, *, steps: int = 400, learning_rate: float = 1e-2) -> Tensor:
+    def fit(
+        self,
+        start: Tensor,
+        *,
+        steps: int = 400,
+        learning_rate: float = 1e-2,
+        folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> Tensor:
         """The kernel (1, 1, K, K) of least deviation near ``start``, its centre of mass at pixel ``K // 2``.
 
         A noise level that is not known is fitted too. No moment depends on a shift. So for half of the steps the
         kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
         became brighter, and would end in a wrong place.
+
+        In a ``folder`` the fit is saved about once a minute, whole or not at all, and the same call goes on from there.
         """
-        held, g = steps // 2, _generator_on(self.scenes.device, self.seed)
-        kernel = Threshold(0.1)(start.to(self.scenes), 0)  # without the haze of a retrieved kernel
-        kernel = _descend(self, kernel, steps - held, learning_rate, 0.0, g)
+        kernel = start.to(self.scenes)
+        descent = _Descent(self, kernel, steps, learning_rate, folder, progress)
+        kernel = descent(Threshold(0.1)(kernel, 0), 0.0)  # without the haze of a retrieved kernel
         # A sharp kernel differs much from itself a third of a pixel away.
-        return bare(_descend(self, recentred(bare(kernel)), held, learning_rate, 10.0, g))
+        return bare(descent(recentred(bare(kernel)), 10.0))
 
     def _loss(self, kernel: Tensor, generator: torch.Generator) -> Tensor:
         # Noise that was always the same would be fitted too.
@@ -357,9 +373,12 @@ class FieldMoments:
         check_counts(rows=grid[0], columns=grid[1])
         self.clean = checked_images("clean", clean, 3 * kernel_size - 2)
         self.degraded = checked_images("degraded", degraded, 2 * kernel_size - 1)
-        self.field, self.grid = one_size(self.degraded), tuple(grid)
+        check_colours(self.clean, self.degraded)
+        self.field, self.grid = one_size(self.degraded), tuple(map(int, grid))
         self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
         self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
+        self.sets = self.clean, self.degraded
+        self.about = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, grid=self.grid)
         check_noise(noise_std, optional=True)
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=pick_device(device))
@@ -374,25 +393,32 @@ class FieldMoments:
         return torch.stack(cells, 1).unflatten(1, self.grid)
 
     def __call__(self, psfs: Tensor) -> Tensor:
-        """As of :class:`Moments`, the mean over the cells; (3,)."""
+        """As of :class:`Moments`, the mean over the cells; (3,). Not differentiable: it goes over all cells."""
         with torch.no_grad():
             return torch.stack([self._moments(cell)(psfs).cpu() for cell in self._cells()]).mean(0)
 
     def fit(
-        self, start: Tensor, *, steps: int | None = None, learning_rate: float = 1e-2, progress: bool = False
+        self,
+        start: Tensor,
+        *,
+        steps: int | None = None,
+        learning_rate: float = 1e-2,
+        folder: str | Path | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """PSFs (1, rows, columns, 1, K, K) of least deviation near ``start``, after so many steps.
 
         By default fifteen for each cell, at least 240; a step looks at four. All PSFs together, as each is seen through
         its neighbours: fitted one by one, each makes up for the others' faults. For half of the steps they may lie
-        where they like, as in :meth:`Moments.fit`. A noise level that is not known is fitted too.
+        where they like, as in :meth:`Moments.fit`, which says what ``folder`` is too. A noise level that is not known
+        is fitted.
         """
         steps = max(240, 15 * len(self._cells())) if steps is None else steps
-        check_counts(steps=steps)
-        held, g = steps // 2, _generator_on(self.noise_std.device, self.options["seed"])
-        psfs = _descend(self, Threshold(0.1)(start.to(g.device), 0), steps - held, learning_rate, 0.0, g, progress)
+        psfs = start.to(self.noise_std.device)
+        descent = _Descent(self, psfs, steps, learning_rate, folder, progress)
+        psfs = descent(Threshold(0.1)(psfs, 0), 0.0)
         psfs = centred(bare(psfs).flatten(0, 2)).reshape(psfs.shape)  # by parts of a pixel: neighbours are interpolated
-        return bare(_descend(self, psfs, held, learning_rate, 10.0, g, progress))
+        return bare(descent(psfs, 10.0))
 
     def _loss(self, psfs: Tensor, generator: torch.Generator) -> Tensor:
         """Of a few cells, and of a few scenes in each: many small steps lead further than a few large ones."""
@@ -566,6 +592,13 @@ def checked_images(name: str, images: Images, side: int) -> list[Tensor]:
     return [x.float() for x in found]
 
 
+def check_colours(clean: list[Tensor], degraded: list[Tensor]) -> None:
+    """Raise if the two sets do not have the same number of channels."""
+    c, d = len(clean[0]), len(degraded[0])
+    if c != d:
+        raise ValueError(f"clean: has {c} channels, degraded {d}; give both in colour, or both grey")
+
+
 def checked_operator(operator: Operator | None) -> Operator:
     """The operator, if it is one whose kernel can be learned from patches; default: a blur."""
     operator = Blur("valid") if operator is None else operator
@@ -578,43 +611,63 @@ def checked_operator(operator: Operator | None) -> Operator:
     return operator
 
 
-def _descend(
-    moments: Moments | FieldMoments,
-    kernel: Tensor,
-    steps: int,
-    learning_rate: float,
-    hold: float,
-    generator: torch.Generator,
-    progress: bool = False,
-) -> Tensor:
-    """The kernel, or PSFs, after so many steps of Adam, and the moments' noise level too, where it is not known."""
-    # Squares are never negative, and with them a step moves faint pixels less than bright ones.
-    root = torch.nn.Parameter((kernel + 1e-5).sqrt())
-    level = torch.nn.Parameter(moments.noise_std.log()) if not moments.noise_is_known else None
-    optimizer = torch.optim.Adam([root], lr=learning_rate, betas=(0.9, 0.95))
-    if level is not None:
-        optimizer.add_param_group({"params": [level]})
-    for step in bar(range(steps), "fitting moments", progress, unit="step"):
-        set_rate(optimizer, learning_rate, step, steps)
-        if level is not None:
-            optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
-            moments.noise_std = level.exp()
-        k = simplex(root.square())
-        # Haze far out would decide where the centre is.
-        loss = moments._loss(k, generator) + hold * off_centre(bare(k)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    if level is not None:
-        moments.noise_std = level.detach().exp()
-    return simplex(root.detach().square())
+class _Descent:
+    """Both halves of a fit by Adam, which draw from one generator."""
+
+    def __init__(
+        self,
+        moments: Moments | FieldMoments,
+        start: Tensor,
+        steps: int,
+        learning_rate: float,
+        folder: str | Path | None,
+        progress: bool,
+    ) -> None:
+        check_counts(steps=steps)
+        self.moments, self.folder, self.progress = moments, folder, progress
+        self.steps, self.learning_rate = [steps - steps // 2, steps // 2], learning_rate
+        self.generator = _generator_on(start.device, moments.about["seed"])
+        self.about = dict(steps=steps, learning_rate=learning_rate, **moments.about)
+        if folder is not None:
+            clean, degraded = moments.sets
+            self.about |= dict(clean=fingerprint(clean), degraded=fingerprint(degraded), start=fingerprint([start]))
+
+    def __call__(self, kernel: Tensor, hold: float) -> Tensor:
+        """The kernel, or PSFs, after half of the steps; the moments' noise level, too, where it is not known."""
+        moments, steps, name = self.moments, self.steps.pop(0), f"moments-{2 - len(self.steps)}"
+        # Squares are never negative, and with them a step moves faint pixels less than bright ones.
+        learned = torch.nn.ParameterDict({"root": (kernel + 1e-5).sqrt()})
+        optimizer = torch.optim.Adam([learned["root"]], lr=float(self.learning_rate), betas=(0.9, 0.95))
+        if not moments.noise_is_known:
+            learned["level"] = torch.nn.Parameter(moments.noise_std.log())
+            optimizer.add_param_group({"params": [learned["level"]]})
+        parts = dict(learned=learned, optimizer=optimizer, draws=Draws(self.generator))
+        run = Run(self.folder, name, self.about, parts, Team(kernel.device))
+        for step in run.steps(steps, "fitting moments", self.progress):
+            set_rate(optimizer, self.learning_rate, step, steps)
+            if not moments.noise_is_known:
+                optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
+                moments.noise_std = learned["level"].exp()
+            k = simplex(learned["root"].square())
+            # Haze far out would decide where the centre is.
+            loss = moments._loss(k, self.generator) + hold * off_centre(bare(k)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if not moments.noise_is_known:
+            moments.noise_std = learned["level"].detach().exp()
+        return simplex(learned["root"].detach().square())
 
 
 def _tiles(images: list[Tensor], side: int, most: int, g: torch.Generator) -> Tensor:
     """Squares of all images, side by side, at most so many of them, drawn at random; (N, C, side, side)."""
-    tiles = [x.cpu().unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1) for x in images]
-    tiles = torch.cat(tiles)
-    return tiles[torch.randperm(len(tiles), generator=g)[:most]]
+    ends = list(itertools.accumulate((x.shape[1] // side) * (x.shape[2] // side) for x in images))
+    tiles = []
+    for n in torch.randperm(ends[-1], generator=g)[:most].tolist():
+        i = bisect.bisect(ends, n)
+        row, column = divmod(n - (ends[i - 1] if i else 0), images[i].shape[2] // side)
+        tiles.append(images[i][:, row * side : (row + 1) * side, column * side : (column + 1) * side].cpu())
+    return torch.stack(tiles)
 
 
 def _edges(y: Tensor, kernels: Tensor) -> Tensor:

@@ -18,19 +18,20 @@ from blindlib import (
     gaussian_kernels,
     learn_operator,
     load_operator,
-    matching,
     mirrored,
     mnc,
     motion_kernels,
+    runs,
 )
 from blindlib import __main__ as command
 from blindlib.__main__ import main, read_folder
 from blindlib.deblur import read_image, write_image
 from blindlib.jobs import Team
-from blindlib.matching import Learned, _positions, _Run, between, flow_loss, operator_loss, velocity
+from blindlib.matching import Learned, _positions, between, flow_loss, operator_loss, velocity
 from blindlib.moments import bare, off_centre, simplex, standard
 from blindlib.operators import otf, to_light
 from blindlib.priors import WEIGHTS
+from blindlib.runs import Run
 
 TINY = dict(base_channels=8, multipliers=(1,), groups=4)
 FLAT = torch.full((1, 1, 7, 7), 1 / 49)
@@ -215,7 +216,7 @@ def test_learning_a_deep_kernel_and_going_on(sets, tmp_path, monkeypatch):
     degraded = Downsample(2)(dead_leaves(60, 46, seed=1), k)
     degraded = degraded + 0.02 * torch.randn(degraded.shape, generator=torch.Generator().manual_seed(2))
     flow = fit_flow(degraded, patch=8, steps=2, batch=4, net=TINY)
-    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
     net = DeepLinear((3, 3, 3, 1), channels=8, seed=5)
     before = net()
 
@@ -227,7 +228,7 @@ def test_learning_a_deep_kernel_and_going_on(sets, tmp_path, monkeypatch):
     assert torch.equal(net(), before), "the net that was given has been changed"
     assert mnc(whole.kernel, k) > 0.97 and whole.kernel.min() >= 0 and whole.kernel.sum() == pytest.approx(1, abs=1e-5)
     assert not torch.equal(whole.kernel, k) and not torch.equal(whole.kernel, run(None, parameters=None).kernel)
-    real = matching.save_whole
+    real = runs.save_whole
 
     def kill(state, path):
         real(state, path)
@@ -235,7 +236,7 @@ def test_learning_a_deep_kernel_and_going_on(sets, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(matching, "save_whole", kill)
+        patched.setattr(runs, "save_whole", kill)
         run(tmp_path)
     assert torch.equal(run(tmp_path).kernel, whole.kernel)
     with pytest.raises(ValueError, match="is of another run, whose parameters differed"):
@@ -347,14 +348,14 @@ def test_the_seed_decides(sets, monkeypatch):
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypatch):
     clean, degraded, k = sets
-    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
 
     def run(folder):
         flow = fit_flow(degraded, patch=8, steps=6, batch=4, net=TINY, folder=folder)
         return tiny(clean, degraded, flow=flow, folder=folder, truth=k, noise_std=None)
 
     whole = run(tmp_path / "a")
-    real, saves = matching.save_whole, []
+    real, saves = runs.save_whole, []
 
     def kill(state, path):
         real(state, path)
@@ -362,7 +363,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(sets, tmp_path, monkeypat
         if len(saves) in (2, 7):  # in the flow's run, then in the operator's
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(matching, "save_whole", kill)
+    monkeypatch.setattr(runs, "save_whole", kill)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "b")
@@ -402,6 +403,46 @@ def test_a_run_saves_the_start_that_it_has_fitted(sets, tmp_path, monkeypatch):
         learn_operator(clean, degraded[1:], **run, steps=2)
 
 
+def test_a_run_that_is_killed_while_it_fits_its_start_goes_on(sets, tmp_path, monkeypatch):
+    clean, degraded, _ = sets
+    flow = fit_flow(degraded, patch=8, steps=1, batch=4, net=TINY)
+    real, save = Moments.fit, runs.save_whole
+    monkeypatch.setattr(Moments, "fit", lambda *args, **options: real(*args, **options | dict(steps=6)))
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
+    run = dict(noise_std=None, kernel_size=7, patch=8, batch=4, flow=flow, steps=1)
+    whole = learn_operator(clean, degraded, **run)
+
+    saves = []
+
+    def kill(state, path):
+        save(state, path)
+        saves.append(path.stem)
+        if len(saves) in (1, 3, 6):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_whole", kill)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            learn_operator(clean, degraded, **run, folder=tmp_path)
+    again = learn_operator(clean, degraded, **run, folder=tmp_path)
+    assert saves == ["retrieved", *3 * ["moments-1"], *3 * ["moments-2"], "start", "operator"], "done twice, or lost"
+    assert torch.equal(again.kernel, whole.kernel) and again.noise_std == whole.noise_std
+    assert torch.equal(again.deviation, whole.deviation)
+
+
+def test_a_file_that_is_no_run(sets, tmp_path):
+    run = dict(patch=8, steps=1, batch=4, net=TINY, folder=tmp_path)
+    fit_flow(sets[1], **run)
+    good = (tmp_path / "flow.pt").read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"not a run"):
+        (tmp_path / "flow.pt").write_bytes(bad)
+        with pytest.raises(ValueError, match=r"folder: .*flow.pt is damaged, or no run of blindlib; delete that file"):
+            fit_flow(sets[1], **run)
+    torch.save({"weights": torch.ones(2)}, tmp_path / "flow.pt")
+    with pytest.raises(ValueError, match="delete that file"):
+        fit_flow(sets[1], **run)
+
+
 def test_both_velocities_have_the_same_dropout_which_follows_from_the_seed(sets):
     clean, degraded, k = sets
     runs = []
@@ -421,18 +462,22 @@ def test_settings_that_are_numpys_are_resumed_too(kind, sets, tmp_path):
     run = dict(patch=8, steps=1, batch=np.int64(4), net=TINY, learning_rate=kind(1e-3), folder=tmp_path)
     first, again = (fit_flow(sets[1], **run) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    run = dict(patch=8, batch=4, folder=tmp_path, flow=first, start=sets[2], flow_rate=kind(3e-4), noise_std=0.02)
+    run |= dict(learning_rate=kind(1e-3), kernel_size=7)
+    one, two = (learn_operator(*sets[:2], **run, steps=steps) for steps in (1, 2))
+    assert torch.equal(one.deviation[0], two.deviation[0])
 
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 def test_a_run_that_goes_on_elsewhere_keeps_its_records_on_the_cpu(tmp_path, monkeypatch):
     """And the state of its parts where their parameters are; "meta" stands in for a GPU."""
-    monkeypatch.setattr(matching, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
 
     def run(device):
         net, team = torch.nn.Linear(2, 2, device=device), Team("cpu")
         team.device = torch.device(device)
         optimizer = torch.optim.Adam(net.parameters())
-        return net, optimizer, _Run(tmp_path, "run", {}, dict(net=net, optimizer=optimizer), team)
+        return net, optimizer, Run(tmp_path, "run", {}, dict(net=net, optimizer=optimizer), team)
 
     net, optimizer, first = run("cpu")
     for _ in first.steps(1, "", False):
@@ -633,6 +678,24 @@ def test_a_grid_from_two_folders(folders, capsys):
     assert "photo: has 38x40 pixels, but the PSFs are of photographs of 40x40" in capsys.readouterr().err
 
 
+def test_of_a_field_only_photographs_count_that_were_taken_as_most(tmp_path):
+    """PSFs are the sensor's: of one size, and neither turned with the camera; what others there are takes no room."""
+    x = dead_leaves(1, 40, seed=3)[..., :30]
+    picture = Image.fromarray(((x[0].permute(1, 2, 0) + 1) * 127.5).byte().numpy())
+    turned, half = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    half[0x0112] = 3  # as a camera held upside down has it
+    for name in ("a.png", "b.png"):
+        turned.save(tmp_path / name)
+    picture.save(tmp_path / "c.png", exif=half)
+    for name in ("d.png", "e.png", "f.png"):
+        picture.save(tmp_path / name)
+    said = []
+    options = dict(least=20, crop=1000, response="linear", grey=False, seed=0, warn=said.append, alike=True)
+    found = read_folder(tmp_path, "degraded", **options, most=3 * x.numel())
+    assert len(found) == 3 and all(torch.equal(y, read_image(tmp_path / "d.png")[0]) for y in found)
+    assert said == ["skipped: 3 photographs that are not 30x40 pixels, or were held another way, unlike most"]
+
+
 def test_each_colour_of_a_lens_by_itself(folders, monkeypatch):
     """What the command writes is what learn_operator finds of each colour, mirrored; and deblur undoes it."""
     write_image(read_image(folders / "degraded" / "a.png").flip(-1), folders / "degraded" / "e.png")
@@ -652,12 +715,14 @@ def test_each_colour_of_a_lens_by_itself(folders, monkeypatch):
 
 
 def test_the_same_command_goes_on(folders, monkeypatch):
-    saves, real = [], matching.save_whole
-    monkeypatch.setattr(matching, "save_whole", lambda state, path: (real(state, path), saves.append(path.name)))
+    saves, real = [], runs.save_whole
+    monkeypatch.setattr(runs, "save_whole", lambda state, path: (real(state, path), saves.append(path.name)))
     assert main(arguments(folders, "--quiet")) == 0
     first = (folders / "operator.safetensors").read_bytes()
     assert main(arguments(folders, "--quiet")) == 0
-    assert saves == ["flow.pt", "start.pt", "operator.pt"], "what was done was done again"
+    fitted = ["retrieved.pt", "moments-1.pt", "moments-2.pt", "start.pt"]
+    assert saves == ["flow.pt", *fitted, "operator.pt"], "what was done was done again"
+    assert {p.name for p in (folders / "operator.run").iterdir()} == {"flow.pt", "start.pt", "operator.pt"}
     assert (folders / "operator.safetensors").read_bytes() == first
 
 
@@ -667,8 +732,8 @@ def test_several_processes_learn_one_operator_together(folders, two_processes):
     script.write_text(
         "import os, sys, torch\n"
         "import blindlib.__main__ as command\n"
-        "from blindlib import matching\n"
-        "learn, save = command.learn_operator, matching.save_whole\n"
+        "from blindlib import runs\n"
+        "learn, save = command.learn_operator, runs.save_whole\n"
         "def learned(*args, **options):\n"
         "    found = learn(*args, **options)\n"
         "    weights = torch.cat([p.flatten() for p in options['flow'].parameters()])\n"
@@ -677,11 +742,13 @@ def test_several_processes_learn_one_operator_together(folders, two_processes):
         "def saved(state, path):\n"
         "    print('saved', path.name, os.environ['RANK'])\n"
         "    save(state, path)\n"
-        "command.learn_operator, matching.save_whole = learned, saved\n"
+        "command.learn_operator, runs.save_whole = learned, saved\n"
         "sys.exit(command.main(sys.argv[1:]))\n"
     )
     said = two_processes(script, *arguments(folders)).splitlines()
-    assert [line for line in said if "saved" in line] == ["saved flow.pt 0", "saved start.pt 0", "saved operator.pt 0"]
+    saves = [line.split()[1:] for line in said if "saved" in line]
+    names = ("flow", "retrieved", "moments-1", "moments-2", "start", "operator")
+    assert saves == [[f"{name}.pt", "0"] for name in names]
     for once in ("3 clean and 3 degraded", "safetensors: done"):
         assert sum(once in line for line in said) == 1
     (kernel, flow, history), others = (torch.load(folders / f"{rank}.pt") for rank in (0, 1))

@@ -1,5 +1,6 @@
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from blindlib import (
     mirrored,
     mnc,
     motion_kernels,
+    runs,
 )
 from blindlib.moments import (
     _component,
     _reals,
+    _tiles,
     bare,
     off_centre,
     retrieved_kernel,
@@ -224,6 +227,48 @@ def test_the_noise_of_a_field_is_found_too(field_sets):
     moments.fit(psfs.mean(1, keepdim=True), steps=60)
     assert float(moments.noise_std) == pytest.approx(0.01, rel=0.25)
     assert moments(psfs.mean(1, keepdim=True)).max() < 2
+
+
+def test_a_fit_that_was_stopped_goes_on(field_sets, tmp_path, monkeypatch):
+    clean, degraded, psfs = field_sets
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
+    common, start = dict(noise_std=None, kernel_size=7), psfs.mean(1, keepdim=True)
+    save, saves = runs.save_whole, []
+
+    def kill(state, path):
+        save(state, path)
+        saves.append(path.name)
+        if len(saves) in (2, 5):
+            raise KeyboardInterrupt
+
+    whole = FieldMoments(clean, degraded, (1, 2), **common)
+    found = whole.fit(start, steps=6)
+    monkeypatch.setattr(runs, "save_whole", kill)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            FieldMoments(clean, degraded, (1, 2), **common).fit(start, steps=6, folder=tmp_path)
+    again = FieldMoments(clean, degraded, (1, 2), **common)
+    assert torch.equal(again.fit(start, steps=6, folder=tmp_path), found) and again.noise_std == whole.noise_std
+    assert saves == 3 * ["moments-1.pt"] + 3 * ["moments-2.pt"]
+    for moments, change in ((again, dict(steps=7)), (FieldMoments(clean, degraded[1:], (1, 2), **common), {})):
+        with pytest.raises(ValueError, match="moments-1.pt is of another run"):
+            moments.fit(start, **dict(steps=6, folder=tmp_path) | change)
+
+
+def test_both_sets_are_in_colour_or_both_grey(field_sets):
+    clean, degraded, _ = field_sets
+    for make in (Moments, partial(FieldMoments, grid=(1, 2))):
+        with pytest.raises(ValueError, match="clean: has 3 channels, degraded 1; give both in colour, or both grey"):
+            make(clean[:2].expand(-1, 3, -1, -1), degraded[:2], noise_std=0.01, kernel_size=7)
+
+
+def test_tiles_are_all_squares_side_by_side(g):
+    images = [torch.randn(2, 9, 13, generator=g), torch.randn(2, 4, 4, generator=g), torch.randn(2, 8, 5, generator=g)]
+    order = torch.Generator().manual_seed(1)
+    tiles = [x.unfold(1, 4, 4).unfold(2, 4, 4).flatten(1, 2).transpose(0, 1) for x in images]
+    expected = torch.cat(tiles)[torch.randperm(2 * 3 + 1 + 2, generator=order)]
+    for most in (4, 100):
+        assert torch.equal(_tiles(images, 4, most, torch.Generator().manual_seed(1)), expected[:most])
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5)])

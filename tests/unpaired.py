@@ -242,16 +242,17 @@ def cells(e: Experiment, seed: int) -> Tensor:
 
 def field(e: Experiment, seed: int) -> Tensor:
     moments = field_moments(e, seed)
-    return moments.fit(moments.retrieved())
+    return moments.fit(moments.retrieved()).cpu()
 
 
+@cache
 def lens(e: Experiment, seed: int) -> Tensor:
     """Each colour by itself, its noise fitted too."""
     clean, degraded = sets(e, seed)
-    colours = []
+    colours, common = [], dict(noise_std=None, kernel_size=e.kernel, seed=seed)
     for c in range(3):
-        one = FieldMoments(clean[:, c : c + 1], degraded[:, c : c + 1], e.grid, noise_std=None, kernel_size=e.kernel)
-        colours.append(one.fit(one.retrieved()))
+        one = FieldMoments(clean[:, c : c + 1], degraded[:, c : c + 1], e.grid, **common)
+        colours.append(one.fit(one.retrieved()).cpu())
     return torch.cat(colours, dim=3)
 
 
