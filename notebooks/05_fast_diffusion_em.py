@@ -129,7 +129,8 @@ def to_no_blur(kernel):
 # Why not the most likely *pair*? A pair is one image and one kernel, and "everything was as blurred as it looks, the
 # kernel is a pixel" is a pair that explains $y$ well. The integral asks how *many* sharp images explain $y$ under a
 # kernel, and is not so easily fooled ([Levin et al. 2009](https://doi.org/10.1109/CVPR.2009.5206815)). It has no
-# formula. But take any distribution $q(x)$; by Jensen's inequality
+# formula. ($p(x)$ is the prior of images, $\sigma$ the noise; $\Phi$ a regulariser of kernels, $\lambda$ its weight.)
+# But take any distribution $q(x)$; by Jensen's inequality
 #
 # $$ \log p(y \mid k) \;\ge\; \mathbb E_{q} \log p(y \mid x, k) - \mathrm{KL}(q \,\Vert\, p), $$
 #
@@ -141,10 +142,11 @@ def to_no_blur(kernel):
 #
 # $$ k \leftarrow \arg\min_k \; \frac{1}{2\sigma^2} \sum_i \lVert y - k * x_i \rVert^2 + \lambda \Phi(k). $$
 #
-# The bound touches $\log p(y \mid k)$ at the old kernel and lies below it elsewhere: what raises the bound raises the
-# likelihood. **DiffEM** does it so, a whole diffusion run for each E-step. **FastEM**
-# ([Laroche et al.](https://arxiv.org/abs/2309.00287)) makes *one* run, and an M-step after each step of it, with the
-# current estimate of the image instead of samples.
+# (The bound has the mean over the samples. With their sum, which blindlib takes, the regulariser counts $n$ times
+# less.) The bound touches $\log p(y \mid k)$ at the old kernel and lies below it elsewhere: what raises the bound
+# raises the likelihood. **DiffEM** does it so, a whole diffusion run for each E-step. **FastEM** ([Laroche et
+# al.](https://arxiv.org/abs/2309.00287)) makes *one* run, and an M-step after each step of it, with the current
+# estimate of the image instead of samples.
 #
 # ## EM on a model that can be solved
 #
@@ -207,17 +209,18 @@ print("rounds to nine tenths of the way:", needed)
 
 # %% [markdown]
 # Left: the likelihood knows the right width to a tenth or two, at any of these noises (dotted: the true one). Middle
-# and right: EM climbs and never falls, but at what pace! Start from "no blur", $h = 1$ in all frequencies. An E-step
-# that believes it returns images that *are* $y$, up to the noise. In one frequency, with $P \gg \sigma^2$, the M-step
-# then gives
+# and right: EM climbs and never falls, but at what pace! Let $h$ be the kernel's spectrum and $Y$ that of the
+# measurement, and start from "no blur", $h = 1$. An E-step that believes it returns images that *are* $y$, up to the
+# noise. Were $h$ free in each frequency, and not tied to a width, then where $P \gg \sigma^2$ the M-step would give
 #
 # $$ h = \frac{\lvert Y \rvert^2}{\lvert Y \rvert^2 + \sigma^2}. $$
 #
 # Where the blur left much, $\lvert Y \rvert \gg \sigma$, that is 1 again and hardly anything moves. Where it left
 # nothing but noise, it is one half at once: these frequencies tell that something was blurred. With little noise there
-# are many of them, and EM leaves soon. With much noise, $P$ is below it at these frequencies, and they tell nothing.
-# **A start at no blur is nearly a fixed point of EM, not because it is likely, but because an E-step believes the
-# kernel it is given.** What happens next to the small first step is up to the regulariser, as we shall see.
+# are many of them that have $P \gg \sigma^2$, and EM leaves soon. With much noise, $P$ is below it at these
+# frequencies, and they tell nothing. **A start at no blur is nearly a fixed point of EM, not because it is likely, but
+# because an E-step believes the kernel it is given.** What happens next to the small first step is up to the
+# regulariser, as we shall see.
 #
 # ## The algorithm in plain PyTorch
 #
@@ -455,7 +458,7 @@ print(f"l0_pyramid alone: MNC {edges_alone:.3f}")
 # It is both. From edges *and* late, the two seeds end alike. The same edges with M-steps from the beginning are soon
 # lost: the first images have no edges of their own, and what is fitted to them is worse than the start. And no blur
 # left alone until $t = 300$ is no good either: by then the E-steps have believed it, and made an image that needs none.
-# Who starts from no blur has to fit at once, as the paper does, and ends 1.5 to 3.5 decibels lower here. (Two more
+# Who starts from no blur has to fit at once, as the paper does, and ends 1.6 to 3.6 decibels lower here. (Two more
 # remedies: the images' posterior covariance in the M-step, so that an unsure image counts less, was tried and dropped;
 # a short parallel run for a start is no better than the pyramid, 0.86 in the next section.) The pyramid alone is as
 # good as the end, on these three photographs: its settings go back to notebook 03, where they were chosen on them. On
