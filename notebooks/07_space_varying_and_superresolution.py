@@ -372,12 +372,11 @@ figure = display.show(
 _ = display.save_figure(figure, "07_lens.png")
 
 # %% [markdown]
-# What the calibrated PSFs restore can hardly be told from what the true ones do. To know the noise, the fit has to
-# know the PSFs, and the other way round: its level is one more parameter, the same in all cells, and is fitted along
-# with them. Nine cells take more epochs than sixteen, as what counts is the number of steps: after 24 the noise was
-# still on its way, and pictures were 0.5 dB below those of the true PSFs. With `epochs=60`, five minutes on one CPU
-# core, other pictures through this lens gave PSFs of MNC 0.998 before they were mirrored (`python tests/unpaired.py
-# --experiment lens --only moments`).
+# What the calibrated PSFs restore can hardly be told from what the true ones do. To know the noise, the fit has to know
+# the PSFs, and the other way round: its level is one more parameter, the same in all cells, and is fitted along with
+# them. It takes a hundred steps: after half as many the noise was still on its way, and pictures were 0.5 dB below
+# those of the true PSFs. With the 240 of the default, ten minutes on one busy CPU core, other pictures through this
+# lens gave PSFs of MNC 0.999 before they were mirrored (`python tests/unpaired.py --experiment lens --only moments`).
 #
 # ## Twice the resolution, from a single photograph
 #
@@ -478,17 +477,17 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 
 # %% [markdown]
 # Many pictures tell what one does not. Restorations with a learned operator are 1.8 dB above the best that a single
-# picture gives (motion blur), 4.6 dB (the field) and 5.6 dB (the lens), and 0.3, 1.6 and 0.1 dB below those with the
+# picture gives (motion blur), 4.6 dB (the field) and 5.7 dB (the lens), and 0.3, 1.6 and 0.1 dB below those with the
 # true one. At the larger sizes they are 5.9 dB above (28x28 pixels of 256x256) and 6.4 dB (the finer field), and 0.1
 # and 2.0 dB below. Networks alone, from a blot (13x13), come within 1.3 dB in an hour, moments within 0.4 in two
 # minutes. In the field a single kernel cannot be right, wherever it comes from: the retrieved one, `deblur` and FastEM
 # all end near 29.5 dB. The mirror symmetry of the lens mends what the shorter fit above leaves (MNC 0.986 to 0.995);
-# after a longer fit there is little to mend. For twice the resolution the prior of images tells more than matching
-# does: thirty steps of FastEM, on the bicubic enlargement of a part of 49x49 pixels (its M-step knows no coarse
-# pixels), find kernels with which the four photographs come out better, 29.8 dB, than with those that are learned from
-# the whole small photographs, 29.4. Only other photographs tell more, 30.0. `deblur` is led astray on one of the four,
-# BlindDPS, of 48x48 pixels, on most, with pictures worse than bicubic ones: its kernel prior has seen motions more than
-# blots.
+# after a longer fit there is little to mend (0.9989 to 0.9996). For twice the resolution the prior of images tells more
+# than matching does: thirty steps of FastEM, on the bicubic enlargement of a part of 49x49 pixels (its M-step knows no
+# coarse pixels), find kernels with which the four photographs come out better, 29.8 dB, than with those that are
+# learned from the whole small photographs, 29.4. Only other photographs tell more, 30.0. `deblur` is led astray on one
+# of the four, BlindDPS, of 48x48 pixels, on most, with pictures worse than bicubic ones: its kernel prior has seen
+# motions more than blots.
 #
 # ## Where it fails
 #
