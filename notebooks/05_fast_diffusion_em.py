@@ -572,19 +572,20 @@ for size, level in ((64, 5), (64, 10), (64, 20), (128, 5), (128, 10), (128, 20))
 # - *The parallel sampler's kernels have the smaller square error*, 3e-5 for FastEM's 9e-5 at noise 10, as was said
 #   above (`deblur` has the least, 1.5e-5).
 #
-# **At 128x128**, four times the pixels, all pictures are better and their order stays; the kernels of EM with PiGDM are
-# alike or better, those of the parallel sampler's hundred and thousand default steps not. At noise 10 FastEM's thirty
-# steps come within 3.3 (0.6) dB of the known kernel by DPIR (3.4 (0.3) at 64x64), a hundred within 3.1 (0.4), MNC 0.80
-# and 0.77, `deblur` has MNC 0.83, and 0.9 (0.5) dB more than the thirty steps; at noise 5 2.0 (0.6). Four samples gain
-# 0.3 (0.1) dB and no likeness, at noise 5 0.4 (0.2) and 0.04 (0.01), at noise 20 0.2 (0.1) and 0.02 (0.02). A thousand
-# steps of FastEM-DPS lose 2.4 (0.5) dB against a hundred of them, at noise 5 1.5 (0.3). The parallel sampler's thousand
-# short steps gain 1.3 (0.8) dB over what was measured, the longer ones lose 2.7 (0.6). At noise 20 the kernels stay
-# hidden, MNC 0.60 for FastEM and 0.73 for `deblur`; still FastEM comes within 2.5 (0.5) dB of the known kernel, and is
-# 9.6 (1.0) dB above the parallel sampler's default thousand, which end 3.9 (0.5) dB below what was measured; at noise 5
-# 6.2 (1.1) and 2.5 (1.2) dB. DiffEM-DPS with four samples is measured on only six of the sixteen images at noise 5 and
-# 20: there it has 0.2 (0.4) and 0.3 (0.2) dB more than with one, and 2.8 (0.5) and 6.2 (1.1) dB less than FastEM's
-# thirty steps. (To the other ten, and at these two levels to the thousand short steps and the returns, `make benchmark`
-# has not come yet.)
+# **At 128x128**, four times the pixels, all pictures are better at noise 5 and 10, and their order stays nearly the
+# same; at noise 20 those of the pyramid and of the parallel sampler's default thousand are worse, and `deblur` (an
+# older row, see below) is no longer ahead of FastEM. The kernels of EM with PiGDM are alike or better; those of the
+# parallel sampler's hundred steps are worse, and those of its default thousand at noise 10 and 20. At noise 10 FastEM's
+# thirty steps come within 3.3 (0.6) dB of the known kernel by DPIR (3.4 (0.3) at 64x64), a hundred within 3.1 (0.4),
+# MNC 0.80 and 0.77, `deblur` has MNC 0.83, and 0.9 (0.5) dB more than the thirty steps; at noise 5 2.0 (0.6). Four
+# samples gain 0.3 (0.1) dB and no likeness, at noise 5 0.4 (0.2) and 0.04 (0.01), at noise 20 0.2 (0.1) and 0.02
+# (0.02). A thousand steps of FastEM-DPS lose 2.4 (0.5) dB against a hundred of them, at noise 5 1.5 (0.3). The parallel
+# sampler's thousand short steps gain 1.3 (0.8) dB over what was measured, the longer ones lose 2.7 (0.6). At noise 20
+# the kernels stay hidden, MNC 0.60 for FastEM and 0.73 for `deblur`; still FastEM comes within 2.5 (0.5) dB of the
+# known kernel, and is 9.6 (1.0) dB above the parallel sampler's default thousand, which end 3.9 (0.5) dB below what was
+# measured; at noise 5 6.2 (1.1) and 2.5 (1.2) dB. Whole runs with DPS and four samples find no better kernels than with
+# one, and their pictures are 3.4 (0.7) and 6.5 (0.8) dB worse than those of FastEM's thirty steps, at noise 5 and 20.
+# (At these two levels the thousand short steps and the returns are not measured.)
 #
 # The rows of `deblur` and of `l0_pyramid` at 128x128 are older than the others: they were measured when `dpir`, their
 # last step, still ended at the noise of the measurement, as published. Their kernels are the same. At 64x64 the
