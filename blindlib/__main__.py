@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mode
 
 import torch
 from PIL import ExifTags, Image
@@ -274,15 +274,15 @@ def read_folder(
     images, paths = [], sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     if alike:
         shapes = {path: shape for path in paths if (shape := _shape(path)) and min(shape[:2]) >= least}
-        common = Counter(shapes.values()).most_common(1)
-        others = [path for path, shape in shapes.items() if shape != common[0][0]]
-        if others:
-            (width, height, _), _ = common[0]
+        if len(set(shapes.values())) > 1:
+            width, height, _ = common = mode(shapes.values())
+            others = {path for path, shape in shapes.items() if shape != common}
             size = f"{width}x{height} pixels"
             warn(f"skipped: {len(others)} photographs that are not {size}, or were held another way, unlike most")
-        paths = [path for path in paths if path not in others]
+            paths = [path for path in paths if path not in others]
+    held = 0
     for i, path in enumerate(paths):
-        if sum(x.numel() for x in images) >= most:
+        if held >= most:
             room = f"{len(images)} photographs take the memory meant for them"
             warn(f"left out: {len(paths) - i} files from {path.name!r} on; {room}")
             break
@@ -298,6 +298,7 @@ def read_folder(
             continue
         top, left = (int(torch.randint(max(side - crop, 0) + 1, (), generator=g)) for side in x.shape[1:])
         images.append(x[:, top : top + crop, left : left + crop].clone())
+        held += images[-1].numel()
     if not images:
         raise ValueError(f"{name}: no photograph of at least {least}x{least} pixels in {str(folder)!r}")
     return images
@@ -308,7 +309,7 @@ def _shape(path: Path) -> tuple[int, int, int] | None:
     try:
         with Image.open(path) as photo:
             return (*photo.size, photo.getexif().get(ExifTags.Base.Orientation, 1))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # of damaged files Pillow raises a dozen kinds; reading says what is wrong
         return None
 
 

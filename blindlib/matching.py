@@ -27,14 +27,15 @@ from blindlib.checks import check_counts, check_kernel, check_noise
 from blindlib.jobs import Team
 from blindlib.metrics import mnc
 from blindlib.moments import (
+    HALVES,
     FieldMoments,
     Images,
     Moments,
     Operator,
     bare,
-    check_colours,
     checked_images,
     checked_operator,
+    checked_sets,
     off_centre,
     one_size,
     random_corner,
@@ -438,9 +439,7 @@ def learn_operator(
     scene = operator.sizes((patch, patch), (kernel_size, kernel_size))["image"]
     varying = isinstance(operator, SpaceVaryingBlur)
     blind = start is None and not isinstance(operator, Downsample)
-    xs = checked_images("clean", clean, scene[0])
-    ys = checked_images("degraded", degraded, max(patch, 2 * kernel_size - 1) if blind else patch)
-    check_colours(xs, ys)
+    xs, ys = checked_sets(clean, degraded, scene[0], max(patch, 2 * kernel_size - 1) if blind else patch)
     shape = (1, *(grid if varying else ()), 1, kernel_size, kernel_size)
     model = _Pixels(shape) if parameters is None else copy.deepcopy(parameters)
     if model().shape != shape:
@@ -481,7 +480,7 @@ def learn_operator(
             fitted = moments.fit(retrieved.kept["kernel"][0], folder=folder, progress=progress)
             first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
         if folder is not None and team.rank == 0:  # what led there; the others have come to `agreed` since they read it
-            for name in ("retrieved", "moments-1", "moments-2"):
+            for name in ("retrieved", *HALVES):
                 (Path(folder) / f"{name}.pt").unlink(missing_ok=True)
         start, moments.noise_std = first.kept["kernel"][0], first.kept["noise_std"][0].to(moments.noise_std)
     if flow is None:

@@ -12,7 +12,7 @@ import bisect
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -152,15 +152,14 @@ class Moments:
         if isinstance(self.operator, SpaceVaryingBlur):
             raise TypeError("operator: a SpaceVaryingBlur has the moments of each cell, FieldMoments")
         factor, grow = getattr(self.operator, "factor", 1), kernel_size - 1
-        xs, ys = checked_images("clean", clean, factor + grow), checked_images("degraded", degraded, 1)
-        check_colours(xs, ys)
+        self.clean, self.degraded = xs, ys = checked_sets(clean, degraded, factor + grow, 1)
         least = [min(y.shape[-2:]) for y in ys] + [(min(x.shape[-2:]) - grow) // factor for x in xs]
         side = min(4 * kernel_size, *least)
         g = torch.Generator().manual_seed(seed)
         device = pick_device(device)
         x = _tiles(xs, factor * side + grow, 400, g).to(device)
-        self.scenes, self.seed = torch.cat([x, x.flip(-1)]), seed
-        self.sets, self.about = (xs, ys), dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
+        self.scenes = torch.cat([x, x.flip(-1)])
+        self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=device)
         moments = self._moments(_tiles(ys, side, 1000, g).to(device))
@@ -173,7 +172,7 @@ class Moments:
         the same.
         """
         y = self.operator(self.scenes, kernel.to(self.scenes))
-        generator = generator or _generator_on(y.device, self.seed)
+        generator = generator or _generator_on(y.device, self.options["seed"])
         simulated = self._moments(y + self.noise_std * torch.randn(y.shape, generator=generator, device=y.device))
         out = []
         for (a, va, _), (b, vb, component, excess) in zip(simulated, self.measured, strict=True):
@@ -198,11 +197,8 @@ class Moments:
 
         In a ``folder`` the fit is saved about once a minute, whole or not at all, and the same call goes on from there.
         """
-        kernel = start.to(self.scenes)
-        descent = _Descent(self, kernel, steps, learning_rate, folder, progress)
-        kernel = descent(Threshold(0.1)(kernel, 0), 0.0)  # without the haze of a retrieved kernel
-        # A sharp kernel differs much from itself a third of a pixel away.
-        return bare(descent(recentred(bare(kernel)), 10.0))
+        # By whole pixels: a sharp kernel differs much from itself a third of a pixel away.
+        return _fitted(self, start.to(self.scenes), recentred, steps, learning_rate, folder, progress)
 
     def _loss(self, kernel: Tensor, generator: torch.Generator) -> Tensor:
         # Noise that was always the same would be fitted too.
@@ -371,14 +367,10 @@ class FieldMoments:
         device: str | torch.device = "auto",
     ) -> None:
         check_counts(rows=grid[0], columns=grid[1])
-        self.clean = checked_images("clean", clean, 3 * kernel_size - 2)
-        self.degraded = checked_images("degraded", degraded, 2 * kernel_size - 1)
-        check_colours(self.clean, self.degraded)
-        self.field, self.grid = one_size(self.degraded), tuple(map(int, grid))
+        self.clean, self.degraded = checked_sets(clean, degraded, 3 * kernel_size - 2, 2 * kernel_size - 1)
+        self.operator, self.field, self.grid = SpaceVaryingBlur("valid"), one_size(self.degraded), tuple(grid)
         self.side = min(4 * kernel_size, *self.field, min(min(x.shape[1:]) for x in self.clean) - kernel_size + 1)
-        self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, device=device)
-        self.sets = self.clean, self.degraded
-        self.about = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed, grid=self.grid)
+        self.options = dict(noise_std=noise_std, kernel_size=kernel_size, seed=seed)
         check_noise(noise_std, optional=True)
         self.noise_is_known = noise_std is not None
         self.noise_std = torch.tensor(0.02 if noise_std is None else noise_std, device=pick_device(device))
@@ -387,8 +379,7 @@ class FieldMoments:
 
     def retrieved(self) -> Tensor:
         """Each cell's :func:`retrieved_kernel`, as if it were blurred uniformly: (1, rows, columns, 1, K, K)."""
-        options = {name: self.options[name] for name in ("kernel_size", "seed")}
-        options |= dict(noise_std=self.options["noise_std"] or 0.0, starts=32)
+        options = self.options | dict(noise_std=self.options["noise_std"] or 0.0, starts=32)
         cells = [retrieved_kernel(self.clean, self._tiles(cell), **options) for cell in self._cells()]
         return torch.stack(cells, 1).unflatten(1, self.grid)
 
@@ -414,11 +405,11 @@ class FieldMoments:
         is fitted.
         """
         steps = max(240, 15 * len(self._cells())) if steps is None else steps
-        psfs = start.to(self.noise_std.device)
-        descent = _Descent(self, psfs, steps, learning_rate, folder, progress)
-        psfs = descent(Threshold(0.1)(psfs, 0), 0.0)
-        psfs = centred(bare(psfs).flatten(0, 2)).reshape(psfs.shape)  # by parts of a pixel: neighbours are interpolated
-        return bare(descent(psfs, 10.0))
+
+        def centre(psfs: Tensor) -> Tensor:  # by parts of a pixel: neighbours are interpolated
+            return centred(psfs.flatten(0, 2)).reshape(psfs.shape)
+
+        return _fitted(self, start.to(self.noise_std.device), centre, steps, learning_rate, folder, progress)
 
     def _loss(self, psfs: Tensor, generator: torch.Generator) -> Tensor:
         """Of a few cells, and of a few scenes in each: many small steps lead further than a few large ones."""
@@ -448,7 +439,9 @@ class FieldMoments:
     ) -> Moments:
         """Moments of a cell as a function of all PSFs, of all scenes or at most so many, drawn at random."""
         if cell not in self.cells:
-            self.cells[cell] = new = Moments(self.clean, self._tiles(cell), **self.options)
+            self.cells[cell] = new = Moments(
+                self.clean, self._tiles(cell), **self.options, device=self.noise_std.device
+            )
             new.scenes = next(iter(self.cells.values())).scenes  # the same in all cells
         moments = copy.copy(self.cells[cell])
         if most is not None:
@@ -456,7 +449,7 @@ class FieldMoments:
             moments.scenes = moments.scenes[order[:most]]
         corners, n = self._corners(cell), len(moments.scenes)
         parts = [(*corners[i * len(corners) // n], *self.field) for i in range(n if len(corners) > 1 else 1)]
-        moments.operator = partial(SpaceVaryingBlur("valid"), part=parts)
+        moments.operator = partial(self.operator, part=parts)
         moments.noise_std = self.noise_std.to(moments.noise_std)
         return moments
 
@@ -592,11 +585,12 @@ def checked_images(name: str, images: Images, side: int) -> list[Tensor]:
     return [x.float() for x in found]
 
 
-def check_colours(clean: list[Tensor], degraded: list[Tensor]) -> None:
-    """Raise if the two sets do not have the same number of channels."""
-    c, d = len(clean[0]), len(degraded[0])
-    if c != d:
-        raise ValueError(f"clean: has {c} channels, degraded {d}; give both in colour, or both grey")
+def checked_sets(clean: Images, degraded: Images, least: int, least_degraded: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Both as of :func:`checked_images`, if they have the same number of channels."""
+    xs, ys = checked_images("clean", clean, least), checked_images("degraded", degraded, least_degraded)
+    if len(xs[0]) != len(ys[0]):
+        raise ValueError(f"clean: has {len(xs[0])} channels, degraded {len(ys[0])}; give both in colour, or both grey")
+    return xs, ys
 
 
 def checked_operator(operator: Operator | None) -> Operator:
@@ -611,52 +605,54 @@ def checked_operator(operator: Operator | None) -> Operator:
     return operator
 
 
-class _Descent:
-    """Both halves of a fit by Adam, which draw from one generator."""
+HALVES = ("moments-1", "moments-2")
+"""Names of the two runs of a fit that is saved."""
 
-    def __init__(
-        self,
-        moments: Moments | FieldMoments,
-        start: Tensor,
-        steps: int,
-        learning_rate: float,
-        folder: str | Path | None,
-        progress: bool,
-    ) -> None:
-        check_counts(steps=steps)
-        self.moments, self.folder, self.progress = moments, folder, progress
-        self.steps, self.learning_rate = [steps - steps // 2, steps // 2], learning_rate
-        self.generator = _generator_on(start.device, moments.about["seed"])
-        self.about = dict(steps=steps, learning_rate=learning_rate, **moments.about)
-        if folder is not None:
-            clean, degraded = moments.sets
-            self.about |= dict(clean=fingerprint(clean), degraded=fingerprint(degraded), start=fingerprint([start]))
 
-    def __call__(self, kernel: Tensor, hold: float) -> Tensor:
-        """The kernel, or PSFs, after half of the steps; the moments' noise level, too, where it is not known."""
-        moments, steps, name = self.moments, self.steps.pop(0), f"moments-{2 - len(self.steps)}"
+def _fitted(
+    moments: Moments | FieldMoments,
+    start: Tensor,
+    centre: Callable[[Tensor], Tensor],
+    steps: int,
+    learning_rate: float,
+    folder: str | Path | None,
+    progress: bool,
+) -> Tensor:
+    """The kernel, or PSFs, near ``start``: for half of the steps where it likes to lie, then centred and held."""
+    check_counts(steps=steps)
+    about = dict(steps=steps, learning_rate=learning_rate, operator=repr(moments.operator), **moments.options)
+    if folder is not None:
+        about["shape"] = tuple(start.shape)
+        sets = dict(clean=moments.clean, degraded=moments.degraded, start=[start])
+        about |= {name: fingerprint(images) for name, images in sets.items()}
+    g = _generator_on(start.device, moments.options["seed"])
+
+    def descend(kernel: Tensor, half: int, steps: int, hold: float) -> Tensor:
         # Squares are never negative, and with them a step moves faint pixels less than bright ones.
         learned = torch.nn.ParameterDict({"root": (kernel + 1e-5).sqrt()})
-        optimizer = torch.optim.Adam([learned["root"]], lr=float(self.learning_rate), betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([learned["root"]], lr=float(learning_rate), betas=(0.9, 0.95))
         if not moments.noise_is_known:
             learned["level"] = torch.nn.Parameter(moments.noise_std.log())
             optimizer.add_param_group({"params": [learned["level"]]})
-        parts = dict(learned=learned, optimizer=optimizer, draws=Draws(self.generator))
-        run = Run(self.folder, name, self.about, parts, Team(kernel.device))
-        for step in run.steps(steps, "fitting moments", self.progress):
-            set_rate(optimizer, self.learning_rate, step, steps)
+        parts = dict(learned=learned, optimizer=optimizer, draws=Draws(g))
+        run = Run(folder, HALVES[half], about, parts, Team(start.device))
+        for step in run.steps(steps, "fitting moments", progress):
+            set_rate(optimizer, learning_rate, step, steps)
             if not moments.noise_is_known:
                 optimizer.param_groups[1]["lr"] *= 5  # a logarithm, to the kernel's roots
                 moments.noise_std = learned["level"].exp()
             k = simplex(learned["root"].square())
             # Haze far out would decide where the centre is.
-            loss = moments._loss(k, self.generator) + hold * off_centre(bare(k)).mean()
+            loss = moments._loss(k, g) + hold * off_centre(bare(k)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         if not moments.noise_is_known:
             moments.noise_std = learned["level"].detach().exp()
         return simplex(learned["root"].detach().square())
+
+    kernel = descend(Threshold(0.1)(start, 0), 0, steps - steps // 2, 0.0)  # without the haze of a retrieved kernel
+    return bare(descend(centre(bare(kernel)), 1, steps // 2, 10.0))
 
 
 def _tiles(images: list[Tensor], side: int, most: int, g: torch.Generator) -> Tensor:
