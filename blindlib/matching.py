@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from blindlib.checks import check_counts, check_kernel, check_noise
 from blindlib.jobs import Team
-from blindlib.metrics import mnc
 from blindlib.moments import (
     HALVES,
     FieldMoments,
@@ -36,6 +35,7 @@ from blindlib.moments import (
     checked_images,
     checked_operator,
     checked_sets,
+    mean_mnc,
     off_centre,
     one_size,
     random_corner,
@@ -477,7 +477,7 @@ def learn_operator(
                 else:  # every second pixel mixes up frequencies, and then no spectrum tells the kernel's magnitude
                     guess = _blot(kernel_size)
                 retrieved.keep(kernel=team.agreed(guess).cpu())
-            fitted = moments.fit(retrieved.kept["kernel"][0], folder=folder, progress=progress)
+            fitted = moments.fit(retrieved.kept["kernel"][0], truth=truth, folder=folder, progress=progress)
             first.keep(**{k: team.agreed(v).cpu() for k, v in dict(kernel=fitted, noise_std=moments.noise_std).items()})
         if folder is not None and team.rank == 0:  # what led there; the others have come to `agreed` since they read it
             for name in ("retrieved", *HALVES):
@@ -556,7 +556,7 @@ def learn_operator(
         check = last or (step + 1) % max(APART, steps // CHECKS) == 0
         if check or (step + 1) % max(1, steps // 40) == 0:
             now = simplex(model().detach()).cpu()
-            seen = {} if truth is None else {"mnc": float(mnc(*(p.cpu().flatten(0, -4) for p in (now, truth))).mean())}
+            seen = {} if truth is None else {"mnc": mean_mnc(now, truth)}
             if noise_std is None:
                 moments.noise_std = level["log"].detach().exp()
                 seen["noise_std"] = float(moments.noise_std)

@@ -24,7 +24,7 @@ from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
 from blindlib.em import Threshold, centred, fit_kernel
 from blindlib.jobs import Team
-from blindlib.metrics import recentred
+from blindlib.metrics import mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf
 from blindlib.priors import Prior, pick_device
 from blindlib.runs import Draws, Run, fingerprint
@@ -186,6 +186,7 @@ class Moments:
         *,
         steps: int = 400,
         learning_rate: float = 1e-2,
+        truth: Tensor | None = None,
         folder: str | Path | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -195,10 +196,11 @@ class Moments:
         kernel may lie where it likes: held to its centre, it would have to move as a whole whenever one end of it
         became brighter, and would end in a wrong place.
 
+        The progress bar shows the loss, the sum of the three deviations, and, where the ``truth`` is given, the MNC.
         In a ``folder`` the fit is saved about once a minute, whole or not at all, and the same call goes on from there.
         """
         # By whole pixels: a sharp kernel differs much from itself a third of a pixel away.
-        return _fitted(self, start.to(self.scenes), recentred, steps, learning_rate, folder, progress)
+        return _fitted(self, start.to(self.scenes), recentred, steps, learning_rate, truth, folder, progress)
 
     def _loss(self, kernel: Tensor, generator: torch.Generator) -> Tensor:
         # Noise that was always the same would be fitted too.
@@ -394,6 +396,7 @@ class FieldMoments:
         *,
         steps: int | None = None,
         learning_rate: float = 1e-2,
+        truth: Tensor | None = None,
         folder: str | Path | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -401,15 +404,15 @@ class FieldMoments:
 
         By default fifteen for each cell, at least 240; a step looks at four. All PSFs together, as each is seen through
         its neighbours: fitted one by one, each makes up for the others' faults. For half of the steps they may lie
-        where they like, as in :meth:`Moments.fit`, which says what ``folder`` is too. A noise level that is not known
-        is fitted.
+        where they like, as in :meth:`Moments.fit`, which says what ``truth`` and ``folder`` are too. A noise level that
+        is not known is fitted.
         """
         steps = max(240, 15 * len(self._cells())) if steps is None else steps
 
         def centre(psfs: Tensor) -> Tensor:  # by parts of a pixel: neighbours are interpolated
             return centred(psfs.flatten(0, 2)).reshape(psfs.shape)
 
-        return _fitted(self, start.to(self.noise_std.device), centre, steps, learning_rate, folder, progress)
+        return _fitted(self, start.to(self.noise_std.device), centre, steps, learning_rate, truth, folder, progress)
 
     def _loss(self, psfs: Tensor, generator: torch.Generator) -> Tensor:
         """Of a few cells, and of a few scenes in each: many small steps lead further than a few large ones."""
@@ -509,6 +512,11 @@ def standard(y: Tensor) -> Tensor:
 def simplex(theta: Tensor) -> Tensor:
     """Free parameters (..., K, L) to kernels ``|theta| / sum |theta|``: non-negative, of sum one."""
     return theta.abs() / theta.abs().sum((-2, -1), keepdim=True)
+
+
+def mean_mnc(kernels: Tensor, truth: Tensor) -> float:
+    """The mean over kernels, or PSFs, (..., 1, K, K) of their MNC with the true ones."""
+    return float(mnc(*(k.cpu().flatten(0, -4) for k in (kernels, truth))).mean())
 
 
 def off_centre(kernel: Tensor) -> Tensor:
@@ -615,6 +623,7 @@ def _fitted(
     centre: Callable[[Tensor], Tensor],
     steps: int,
     learning_rate: float,
+    truth: Tensor | None,
     folder: str | Path | None,
     progress: bool,
 ) -> Tensor:
@@ -643,10 +652,14 @@ def _fitted(
                 moments.noise_std = learned["level"].exp()
             k = simplex(learned["root"].square())
             # Haze far out would decide where the centre is.
-            loss = moments._loss(k, g) + hold * off_centre(bare(k)).mean()
+            deviation = moments._loss(k, g)
+            loss = deviation + hold * off_centre(bare(k)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            run.note(loss=deviation)
+            if (step + 1) % max(1, steps // 20) == 0:
+                run.keep(**({} if truth is None else {"mnc": mean_mnc(bare(k.detach()), truth)}))
         if not moments.noise_is_known:
             moments.noise_std = learned["level"].detach().exp()
         return simplex(learned["root"].detach().square())

@@ -229,7 +229,7 @@ def test_the_noise_of_a_field_is_found_too(field_sets):
     assert moments(psfs.mean(1, keepdim=True)).max() < 2
 
 
-def test_a_fit_that_was_stopped_goes_on(field_sets, tmp_path, monkeypatch):
+def test_a_fit_that_was_stopped_goes_on(field_sets, tmp_path, monkeypatch, capsys):
     clean, degraded, psfs = field_sets
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_SAVES", 0)
     common, start = dict(noise_std=None, kernel_size=7), psfs.mean(1, keepdim=True)
@@ -242,7 +242,8 @@ def test_a_fit_that_was_stopped_goes_on(field_sets, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     whole = FieldMoments(clean, degraded, (1, 2), **common)
-    found = whole.fit(start, steps=6)
+    found = whole.fit(start, steps=6, truth=start, progress=True)
+    assert re.search(r"loss=\d.*mnc=0\.\d", capsys.readouterr().err)
     monkeypatch.setattr(runs, "save_whole", kill)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
