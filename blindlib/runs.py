@@ -70,7 +70,7 @@ class Run:
                 state |= dict(about=self.about, step=step + 1, seconds=self.seconds, kept=self.kept, sums=self.sums)
                 save_whole(state | dict(ended=self.ended), self.path)
                 saved = time.monotonic()
-            if last:
+            if self.ended:
                 return
 
     def note(self, **values: Tensor) -> None:

@@ -243,7 +243,7 @@ def test_a_fit_that_was_stopped_goes_on(field_sets, tmp_path, monkeypatch, capsy
 
     whole = FieldMoments(clean, degraded, (1, 2), **common)
     found = whole.fit(start, steps=6, truth=start, progress=True)
-    assert re.search(r"loss=\d.*mnc=0\.\d", capsys.readouterr().err)
+    assert re.search(r"3/3 .*mnc=0\.\d+, loss=\d", capsys.readouterr().err)
     monkeypatch.setattr(runs, "save_whole", kill)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
