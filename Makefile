@@ -30,11 +30,21 @@ help:  ## this list
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+# Of one's own photograph the truth is not known.
+define SCORES
+import json
+r = json.load(open("runs/demo/figures/00_quickstart.json"))
+if "mnc" in r:
+    print("{psnr_before:.1f} dB before, {psnr_after:.1f} dB after; kernel MNC {mnc:.2f}".format(**r))
+endef
+export SCORES
+
 demo: .venv/ready  ## a blurred photograph made sharp (PHOTO=my.jpg for your own)
 	@mkdir -p runs/demo
 	@start=$$(date +%s); photo="$(PHOTO)"; [ -z "$$photo" ] || photo=$$(realpath "$$photo") || exit 1; \
 	$(BIN)/papermill --cwd runs/demo --log-output --no-progress-bar -p photo "$$photo" \
 	    notebooks/00_quickstart.ipynb runs/demo/quickstart.ipynb && \
+	$(BIN)/python -c "$$SCORES" && \
 	echo "executed notebook: runs/demo/quickstart.ipynb" && \
 	echo "before and after:  runs/demo/figures/00_quickstart.png" && \
 	echo "$$(( $$(date +%s) - start )) seconds"
@@ -65,6 +75,7 @@ benchmark: .venv/ready  ## every way to a kernel on the same images, into figure
 
 gpu: .venv/ready  ## execute the notebooks at "gpu", into runs/gpu
 	mkdir -p runs/gpu/notebooks runs/gpu/figures
+	ln -sfn ../../models runs/gpu/models
 	for n in $(notdir $(NOTEBOOKS:.py=.ipynb)); do \
 	    $(BIN)/papermill --cwd runs/gpu/notebooks -p preset gpu notebooks/$$n runs/gpu/notebooks/$$n || exit 1; done
 

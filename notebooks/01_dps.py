@@ -542,6 +542,44 @@ figure = display.show(pictures, columns=3, size=2.3)
 # makes white blotches. `deblur` takes a file for light, and a tensor for a simulation of values, unless `response`
 # tells it otherwise. From here on we blur values again, as the papers do, so that figures can be compared.
 #
+# ## Play with it
+#
+# Computed beforehand, so that no control waits: choose a photograph, a kernel, a noise level and a number of steps
+# (with fewer, each is longer, so that the total guidance stays). Which of them costs most?
+
+# %%
+few = max(steps // 4, 5)
+if preset != "ci":
+    print("about a minute on two CPU cores, minutes on a GPU at full size")
+shakes = {"short": motion_kernels(1, side // 2, extent=(0.15, 0.2), seed=seed + 1), "long": kernel.cpu()}
+keys = [(name, shake, level) for name in list(photos)[:2] for shake in shakes for level in (0.02, 0.2)]
+clean = torch.cat([truth[list(photos).index(name)][None] for name, _, _ in keys])
+moved = torch.cat([shakes[shake] for _, shake, _ in keys]).to(device)
+level = torch.tensor([level for _, _, level in keys], device=device)[:, None, None, None]
+shaken = partial(Blur("circular"), kernel=moved)
+measured = shaken(clean) + level * noise[:1]
+panel = {}
+for count in tqdm((few // 2, few, 2 * few), "numbers of steps"):
+    size = step_size * steps / count
+    batch = sample(measured, shaken, unknown, steps=count, seed=seed, guidance=DPS.released(step_size=size))
+    for i, key in enumerate(keys):
+        score = psnr(batch.image[i : i + 1], clean[i : i + 1]).item()
+        panel[(*key, count)] = {
+            "measurement": measured[i],
+            f"DPS, {score:.1f} dB, residual / noise {batch.residual[i].item() / key[2]:.1f}": batch.image[i],
+            "truth": clean[i],
+            "kernel": moved[i],
+        }
+display.chooser(panel, ["photo", "kernel", "noise", "steps"])
+
+# %% [markdown]
+# And the run of the first photograph as a film to scrub through: the estimate $\hat x_0$ from the first step to the
+# last.
+
+# %%
+display.scrubber(guided.history, ["image"])
+
+# %% [markdown]
 # ## Where it fails
 #
 # Two measurements that break it, in one batch:
@@ -594,43 +632,6 @@ figure = display.show(pictures, columns=4, size=1.9)
 # The first failure is the ordinary case. Nobody records how a hand shook, so in practice the kernel is unknown, and a
 # guess is wrong. The next notebook, `02_parallel_operator_diffusion`, gives the kernel a diffusion prior of its own and
 # lets both run side by side.
-#
-# ## Play with it
-#
-# Computed beforehand, so that no control waits: choose a photograph, a kernel, a noise level and a number of steps
-# (with fewer, each is longer, so that the total guidance stays). Which of them costs most?
-
-# %%
-few = max(steps // 4, 5)
-if preset != "ci":
-    print("about a minute on two CPU cores, minutes on a GPU at full size")
-shakes = {"short": motion_kernels(1, side // 2, extent=(0.15, 0.2), seed=seed + 1), "long": kernel.cpu()}
-keys = [(name, shake, level) for name in list(photos)[:2] for shake in shakes for level in (0.02, 0.2)]
-clean = torch.cat([truth[list(photos).index(name)][None] for name, _, _ in keys])
-moved = torch.cat([shakes[shake] for _, shake, _ in keys]).to(device)
-level = torch.tensor([level for _, _, level in keys], device=device)[:, None, None, None]
-shaken = partial(Blur("circular"), kernel=moved)
-measured = shaken(clean) + level * noise[:1]
-panel = {}
-for count in tqdm((few // 2, few, 2 * few), "numbers of steps"):
-    size = step_size * steps / count
-    batch = sample(measured, shaken, unknown, steps=count, seed=seed, guidance=DPS.released(step_size=size))
-    for i, key in enumerate(keys):
-        score = psnr(batch.image[i : i + 1], clean[i : i + 1]).item()
-        panel[(*key, count)] = {
-            "measurement": measured[i],
-            f"DPS, {score:.1f} dB, residual / noise {batch.residual[i].item() / key[2]:.1f}": batch.image[i],
-            "truth": clean[i],
-            "kernel": moved[i],
-        }
-display.chooser(panel, ["photo", "kernel", "noise", "steps"])
-
-# %% [markdown]
-# And the run of the first photograph as a film to scrub through: the estimate $\hat x_0$ from the first step to the
-# last.
-
-# %%
-display.scrubber(guided.history, ["image"])
 
 # %%
 blurred_psnr = psnr(y, truth).mean().item()

@@ -40,6 +40,7 @@ device = "auto"
 
 # %%
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -221,7 +222,7 @@ def to_simplex(kappa):
     return positive / positive.sum()
 
 
-def parallel_dps(y, image_prior, kernel_prior, steps, step_size, seed):
+def parallel_dps(y, image_prior, kernel_prior, steps, step_size, seed, sparsity=0.0):
     schedule = image_prior.schedule
     times = schedule.timesteps(steps)  # from T - 1 down to 0
     generator = torch.Generator().manual_seed(seed * 1_000_003)  # blindlib's choice: the same noise, the same answer
@@ -237,8 +238,9 @@ def parallel_dps(y, image_prior, kernel_prior, steps, step_size, seed):
         # Two priors ...
         x0, kappa0 = image_prior.denoise(x, t), kernel_prior.denoise(kappa, t)
         # ... one residual, whose gradient goes into both.
-        norm = (y - circular_blur(x0, to_simplex(kappa0))).norm()
-        gradient_x, gradient_kappa = torch.autograd.grad(norm, (x, kappa))
+        k0 = to_simplex(kappa0)
+        loss = (y - circular_blur(x0, k0)).norm() + sparsity * k0.abs().sum()  # as released; see the ablations
+        gradient_x, gradient_kappa = torch.autograd.grad(loss, (x, kappa))
 
         # Mean and variance of x_{t_prev} given x_t and x_0: DDPM (arXiv 2006.11239), eq. 7.
         a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)  # the latter is 1 in the last step
@@ -262,7 +264,8 @@ plain_image, plain_kernel = parallel_dps(y[:1], shipped["image"], shipped["kerne
 # non-blind with one more entry in the dictionary. Two implementations must agree, so we insist on it.
 
 # %%
-library = sample(y[:1], Blur("circular"), shipped, steps=steps, seed=seed, guidance=DPS.released().respaced(steps))
+as_released = DPS.released().respaced(steps, side)
+library = sample(y[:1], Blur("circular"), shipped, steps=steps, seed=seed, guidance=as_released)
 torch.testing.assert_close(plain_image, library.image, atol=1e-3, rtol=0)
 torch.testing.assert_close(plain_kernel, library.kernel, atol=1e-3, rtol=0)
 agreement = max((plain_image - library.image).abs().max().item(), (plain_kernel - library.kernel).abs().max().item())
@@ -285,7 +288,14 @@ if preset != "ci":
     print("about a minute on two CPU cores, or on a GPU at full size")
 steps = sizes["main"]
 blind = sample(
-    y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), history=min(steps, 40), progress=True
+    y[:1],
+    blur,
+    priors,
+    steps=steps,
+    seed=seed,
+    guidance=DPS().respaced(steps, side),
+    history=min(steps, 40),
+    progress=True,
 )
 
 # %%
@@ -369,12 +379,24 @@ for name, k in {"peak one": peak_one, "sum one": peak_one / peak_one.sum()}.item
 
 # %% [markdown]
 # The released code takes the norm after the division. There $\lambda$ does nothing, whatever its value: the run is the
-# one with $\lambda = 0$. blindlib takes it before, on the kernel of peak one, which is what the paper means, and we
-# try $\lambda = 0, 0.1, 1, 5$.
+# one with $\lambda = 0$. Our loop above has it so; try it:
+
+# %%
+few = min(sizes["plain"], 20)
+fewer = partial(parallel_dps, y[:1], shipped["image"], shipped["kernel"], few, gain(few), seed)
+_, k_without = fewer()
+for weight in (0.1, 1.0, 5.0):
+    _, k_released = fewer(sparsity=weight)
+    torch.testing.assert_close(k_released, k_without, atol=1e-3, rtol=0)
+    print(f"sparsity as released, weight {weight}: kernel changed by {(k_released - k_without).abs().max().item():.0e}")
+
+# %% [markdown]
+# blindlib takes it before, on the kernel of peak one, which is what the paper means, and we try
+# $\lambda = 0, 0.1, 1, 5$.
 #
-# **(c) The step**, and all that goes with it in each. Constant, as in the paper (`DPS.paper()`); growing with
-# $\sqrt{\bar\alpha_t}$, as in the released code (`DPS.released()`); and the library's default (`DPS()`), which is the
-# case $\lambda = 0$ of (b).
+# **(c) The step**: constant or growing with $\sqrt{\bar\alpha_t}$, of one size (`DPS.released`, which is growing, and
+# the same held constant). Then what goes with it in each: in the paper it is constant and smaller (`DPS.paper()`), and
+# the library's default (`DPS()`), which is the case $\lambda = 0$ of (b), has sizes of its own.
 #
 # **(d) Who goes first?** The default with and without the kernel's lead.
 
@@ -387,6 +409,7 @@ cases = {
     "sparsity_1": (diffusion, DPS(sparsity={"kernel": 1.0})),
     "sparsity_5": (diffusion, DPS(sparsity={"kernel": 5.0})),
     "released": (diffusion, DPS.released()),
+    "constant": (diffusion, DPS.released(growing=False)),
     "paper": (diffusion, DPS.paper()),
     "uniform": (uniform, DPS.released()),
 }
@@ -396,7 +419,7 @@ steps = sizes["ablation"]
 ablation = {}
 for name, (chosen, guidance) in tqdm(cases.items(), "ablations"):
     try:
-        ablation[name] = sample(y, blur, chosen, steps=steps, seed=seed, guidance=guidance.respaced(steps))
+        ablation[name] = sample(y, blur, chosen, steps=steps, seed=seed, guidance=guidance.respaced(steps, side))
     except ArithmeticError as error:  # a step that is too long is a result too
         print(f"{name}: {error}")
 
@@ -405,7 +428,7 @@ table = {name: scores(result.image, result.kernel, truth, kernels) for name, res
 comparisons = {
     "(a) prior of the kernel": {"diffusion": "released", "uniform": "uniform"},
     "(b) sparsity": {"0": "default", "0.1": "sparsity_0.1", "1": "sparsity_1", "5": "sparsity_5"},
-    "(c) step": {"paper": "paper", "released": "released", "default": "default"},
+    "(c) step": {"growing": "released", "constant": "constant", "paper's": "paper", "default": "default"},
     "(d) the kernel leads": {"no": "no_lead", "yes": "default"},
 }
 print(f"{'means over three photographs':34}  PSNR    MNC  residual / noise")
@@ -456,7 +479,7 @@ count, steps = sizes["posterior"]
 if preset != "ci":
     print("about a minute on two CPU cores, less on a GPU at full size")
 several = sample(
-    y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), samples=count, progress=True
+    y[:1], blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps, side), samples=count, progress=True
 )
 
 # %% [markdown]
@@ -530,7 +553,7 @@ down = priors["image"].schedule.timesteps(length, first=300)
 returned = sample(
     y[:1].expand(count, -1, -1, -1), blur, priors, steps=trips * down, seed=list(range(seed + 1, seed + 1 + count)),
     start={"image": several.image, "kernel": kernel_to_latent(several.kernel)}, start_time=300,
-    guidance=DPS().respaced(300), history=trips, progress=True,
+    guidance=DPS().respaced(300, side), history=trips, progress=True,
 )  # fmt: skip
 
 figure, axis = plt.subplots(figsize=(5.5, 2.6), layout="constrained")
@@ -551,54 +574,6 @@ print(f"after {trips} returns {psnr_returned:.1f} dB, MNC {mnc_returned:.2f}")
 # beginning if it is long enough. That is its use, but it is no way out of every wrong valley: README compares what a
 # thousand steps find with `deblur`, which goes back two dozen times, to $t = 150$, with the image alone: it fits the
 # kernel to each picture that comes out (notebook 05).
-#
-# ## Where it fails
-#
-# Three measurements that break an assumption each, in one batch:
-#
-# - **Nothing to see the blur by**: a piece of sky. A flat picture looks the same under every kernel.
-# - **Overexposure**: the sensor clips. Highlights in $y$ are no longer $k * x$, whatever $k$ and $x$ are.
-# - **A kernel larger than the prior's window**: the truth is not among the candidates.
-
-# %%
-if preset != "ci":
-    print("half a minute on two CPU cores, or on a GPU at full size")
-sky = photograph(data.rocket(), 0, 288, 128).to(device)
-bright = 1.6 * (truth[:1] + 1) - 1  # light, as it falls in: some of it above what the sensor can tell
-wide = motion_kernels(1, min(2 * window, side), extent=(0.85, 0.95), seed=seed).to(device)
-
-clean = torch.cat([sky, bright.clamp(-1, 1), truth[1:2]])
-true_kernels = [kernels[:1], kernels[:1], wide]
-hard = torch.cat([blur(x, k) for x, k in zip((sky, bright, truth[1:2]), true_kernels, strict=True)])
-hard = (hard + noise_std * noise).clamp(-1, 1)
-steps = sizes["hard"]
-broken = sample(hard, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps), progress=True)
-
-# %%
-pictures = {}
-for i, name in enumerate(("sky", "overexposed", "large kernel")):
-    one, gap = slice(i, i + 1), " " * i  # titles are keys: gaps keep them apart
-    margin = (true_kernels[i].shape[-1] - window) // 2  # so that both kernels are drawn in one scale
-    before = psnr(hard[one], clean[one], max_shift=4).item()
-    db, likeness = scores(broken.image[one], broken.kernel[one], clean[one], true_kernels[i])
-    pictures |= {
-        f"{name}: {before:.1f} dB": hard[i],
-        f"restored: {db:.1f} dB{gap}": broken.image[i],
-        f"truth{gap}": clean[i],
-        f"found: MNC {likeness:.2f}{gap}": torch.nn.functional.pad(broken.kernel[i], 4 * (margin,)),
-        f"true kernel{gap}": true_kernels[i],
-    }
-    print(f"{name:13} residual over noise {broken.residual[i].item() / noise_std:.2f}")
-figure = display.show(pictures, columns=5, size=1.7)
-
-# %% [markdown]
-# A smooth picture hardly changes under any blur, so almost any kernel explains the sky: the one shown owes more to the
-# prior than to the measurement, and the picture has lost seven decibels to texture that nobody saw. In the other two
-# the forward model itself is false: no image under a kernel of that window explains $y$, and the image has to take up
-# as ringing and ghosts what the kernel cannot. Does the residual raise the alarm? Not here: at 150 steps every run
-# leaves about 2.2 times the noise, good or bad, and these three fail in silence. The cures: read the kernel from a
-# textured part of the photograph, leave clipped pixels out of the residual (exercise 2), and take a window that is
-# large enough, or a smaller photograph.
 #
 # ## Play with it
 #
@@ -625,7 +600,7 @@ fresh = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed + 
 measured = blur(clean, moved) + level * fresh
 panel = {}
 for steps in tqdm(sizes["panel"], "numbers of steps"):
-    batch = sample(measured, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps))
+    batch = sample(measured, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps, side))
     for i, key in enumerate(keys):
         one = slice(i, i + 1)
         db, likeness = scores(batch.image[one], batch.kernel[one], clean[one], moved[one])
@@ -637,6 +612,55 @@ for steps in tqdm(sizes["panel"], "numbers of steps"):
             "true kernel": moved[i],
         }
 display.chooser(panel, ["photo", "shake", "noise", "steps"])
+
+# %% [markdown]
+# ## Where it fails
+#
+# Three measurements that break an assumption each, in one batch:
+#
+# - **Nothing to see the blur by**: a piece of sky. A flat picture looks the same under every kernel.
+# - **Overexposure**: the sensor clips. Highlights in $y$ are no longer $k * x$, whatever $k$ and $x$ are.
+# - **A kernel larger than the prior's window**: the truth is not among the candidates.
+
+# %%
+if preset != "ci":
+    print("half a minute on two CPU cores, or on a GPU at full size")
+sky = photograph(data.rocket(), 0, 288, 128).to(device)
+bright = 1.6 * (truth[:1] + 1) - 1  # light, as it falls in: some of it above what the sensor can tell
+wide = motion_kernels(1, min(2 * window, side), extent=(0.85, 0.95), seed=seed).to(device)
+
+clean = torch.cat([sky, bright.clamp(-1, 1), truth[1:2]])
+true_kernels = [kernels[:1], kernels[:1], wide]
+hard = torch.cat([blur(x, k) for x, k in zip((sky, bright, truth[1:2]), true_kernels, strict=True)])
+hard = (hard + noise_std * noise).clamp(-1, 1)
+steps = sizes["hard"]
+broken = sample(hard, blur, priors, steps=steps, seed=seed, guidance=DPS().respaced(steps, side), progress=True)
+
+# %%
+pictures = {}
+for i, name in enumerate(("sky", "overexposed", "large kernel")):
+    one, gap = slice(i, i + 1), " " * i  # titles are keys: gaps keep them apart
+    margin = (true_kernels[i].shape[-1] - window) // 2  # so that both kernels are drawn in one scale
+    before = psnr(hard[one], clean[one], max_shift=4).item()
+    db, likeness = scores(broken.image[one], broken.kernel[one], clean[one], true_kernels[i])
+    pictures |= {
+        f"{name}: {before:.1f} dB": hard[i],
+        f"restored: {db:.1f} dB{gap}": broken.image[i],
+        f"truth{gap}": clean[i],
+        f"found: MNC {likeness:.2f}{gap}": torch.nn.functional.pad(broken.kernel[i], 4 * (margin,)),
+        f"true kernel{gap}": true_kernels[i],
+    }
+    print(f"{name:13} residual over noise {broken.residual[i].item() / noise_std:.2f}")
+figure = display.show(pictures, columns=5, size=1.7)
+
+# %% [markdown]
+# A smooth picture hardly changes under any blur, so almost any kernel explains the sky: the one shown owes more to the
+# prior than to the measurement, and the picture has lost seven decibels to texture that nobody saw. In the other two
+# the forward model itself is false: no image under a kernel of that window explains $y$, and the image has to take up
+# as ringing and ghosts what the kernel cannot. Does the residual raise the alarm? Not here: at 150 steps every run
+# leaves about 2.2 times the noise, good or bad, and these three fail in silence. The cures: read the kernel from a
+# textured part of the photograph, leave clipped pixels out of the residual (exercise 2), and take a window that is
+# large enough, or a smaller photograph.
 
 # %%
 _ = display.record(
@@ -695,7 +719,7 @@ _ = display.record(
 # def unclipped(image, kernel):
 #     return torch.where(clipped, hard[1:2], blur(image, kernel))
 #
-# again = sample(hard[1:2], unclipped, priors, steps=150, seed=seed, guidance=DPS().respaced(150))
+# again = sample(hard[1:2], unclipped, priors, steps=150, seed=seed, guidance=DPS().respaced(150, side))
 # display.show({"with all pixels": broken.image[1], "without clipped ones": again.image[0], "truth": bright[0]})
 # ```
 #
@@ -717,7 +741,7 @@ _ = display.record(
 # pixel = torch.zeros_like(kernels[:1])
 # pixel[..., window // 2, window // 2] = 1
 # unblurred = truth[:1] + noise_std * noise[:1]
-# result = sample(unblurred, blur, priors, steps=250, seed=seed, guidance=DPS().respaced(250))
+# result = sample(unblurred, blur, priors, steps=250, seed=seed, guidance=DPS().respaced(250, side))
 # print(mnc(result.kernel, pixel))
 # ```
 # </details>
@@ -736,7 +760,7 @@ _ = display.record(
 #     "larger lead": DPS(lead={"kernel": 4.0}),
 # }
 # for name, guidance in variants.items():
-#     result = sample(y, blur, priors, steps=200, seed=seed, guidance=guidance.respaced(200))
+#     result = sample(y, blur, priors, steps=200, seed=seed, guidance=guidance.respaced(200, side))
 #     print(name, scores(result.image, result.kernel, truth, kernels))
 # ```
 #

@@ -506,6 +506,19 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 # faint rims of strokes), and leaves good ones as good: over the last seven of the fresh seeds 0.995 became 0.996, and
 # 0.60 dB below the true kernel 0.43.
 #
+# ## Play with it
+#
+# The kernel as it is learned from the blot, step by step:
+
+# %%
+h = from_blot.history
+display.chooser(
+    {(int(s),): {f"learned, MNC {m:.3f}": k, "truth": kernel[0]}
+     for s, m, k in zip(h["step"], h["mnc"], h["kernel"], strict=True)},
+    ["step"],
+)  # fmt: skip
+
+# %% [markdown]
 # ## Where it fails
 #
 # **The two sets must show the same world.** All that differs between them is blamed on the operator. Suppose that the
@@ -542,19 +555,6 @@ figure = display.show(
 # 45 minutes of one CPU core, leaves it as it is from then on (`frozen=True`, as in the paper), and takes the kernel
 # from a blot of MNC .74 to .92 in a hundred steps and to .977 in six hundred, a quarter of an hour, with no moment and
 # no phase retrieval to start from. The moments take two minutes for .99.
-
-# %% [markdown]
-# ## Play with it
-#
-# The kernel as it is learned from the blot, step by step:
-
-# %%
-h = from_blot.history
-display.chooser(
-    {(int(s),): {f"learned, MNC {m:.3f}": k, "truth": kernel[0]}
-     for s, m, k in zip(h["step"], h["mnc"], h["kernel"], strict=True)},
-    ["step"],
-)  # fmt: skip
 
 # %%
 _ = display.record(

@@ -489,6 +489,23 @@ for setting, of_setting in (json.loads(path.read_text())["results"] if path.is_f
 # of the four, BlindDPS, of 48x48 pixels, on most, with pictures worse than bicubic ones: its kernel prior has seen
 # motions more than blots.
 #
+# ## Play with it
+#
+# Any place of the field, and the PSF that was learned there:
+
+# %%
+places, learned_mnc = {}, likeness(found, psfs)
+for i in range(grid[0]):
+    for j in range(grid[1]):
+        h, w = (length // n for length, n in zip(truth.shape[-2:], grid, strict=True))
+        cut = (slice(None), slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
+        places[i + 1, j + 1] = {
+            "blurred": measured[0][cut], "restored": restored["learned"][0][cut], "truth": truth[0][cut],
+            f"learned PSF, MNC {learned_mnc[i, j]:.2f}": found[0, i, j], "true PSF": psfs[0, i, j],
+        }  # fmt: skip
+display.chooser(places, ["row", "column"])
+
+# %% [markdown]
 # ## Where it fails
 #
 # **What lies where.** No moment sees a shift. So of a lens that draws red and blue at different places, as most do
@@ -514,23 +531,6 @@ from_dull = kernel_from(dull, dull)
 mnc_dull = mnc(from_dull, blurs["coffee"]).item()
 three = {"true kernel": blurs["coffee"], "from itself": kernels["coffee"]["itself"], "softened": from_dull}
 figure = display.show({f"{n}\nMNC {mnc(k, blurs['coffee']).item():.2f}": k[0] for n, k in three.items()}, size=1.6)
-
-# %% [markdown]
-# ## Play with it
-#
-# Any place of the field, and the PSF that was learned there:
-
-# %%
-places, learned_mnc = {}, likeness(found, psfs)
-for i in range(grid[0]):
-    for j in range(grid[1]):
-        h, w = (length // n for length, n in zip(truth.shape[-2:], grid, strict=True))
-        cut = (slice(None), slice(i * h, (i + 1) * h), slice(j * w, (j + 1) * w))
-        places[i + 1, j + 1] = {
-            "blurred": measured[0][cut], "restored": restored["learned"][0][cut], "truth": truth[0][cut],
-            f"learned PSF, MNC {learned_mnc[i, j]:.2f}": found[0, i, j], "true PSF": psfs[0, i, j],
-        }  # fmt: skip
-display.chooser(places, ["row", "column"])
 
 # %%
 _ = display.record(

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -28,9 +29,16 @@ def test_badges_lead_to_files_in_this_repository():
         ):
             assert REPOSITORY.endswith(slug) and (ROOT / path).is_file(), (page.name, slug, path)
             found += 1
-        for address in re.findall(r"git\+(https://github\.com/[\w.-]+/[\w.-]+)", page.read_text()):
-            assert address == REPOSITORY, page.name
     assert found >= 6
+    for page in [*PAGES, ROOT / "CITATION.cff"]:
+        for address in re.findall(r"https://github\.com/[\w.-]+/[\w-]+", page.read_text()):
+            assert address == REPOSITORY, page.name
+
+
+def test_the_citation_can_be_read():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    papers = [reference["url"].split("/")[-1] for reference in citation["references"]]
+    assert citation["title"].startswith("blindlib") and papers == ["2211.10656", "2309.00287", "2506.14605"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "figures/README.md"])
