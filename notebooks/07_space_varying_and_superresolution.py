@@ -226,7 +226,7 @@ if preset != "ci":
 began = time.perf_counter()
 moments = FieldMoments(clean_grey, degraded, grid, noise_std=grey_noise, kernel_size=window, seed=seed, device=device)
 alone = moments.retrieved().to(device)
-fitted = moments.fit(alone, steps=sizes["fit"], progress=True)
+fitted = moments.fit(alone, steps=sizes["fit"], truth=psfs, progress=True)
 seconds_fit = time.perf_counter() - began
 everywhere = retrieved_kernel(clean_grey, degraded, noise_std=grey_noise, kernel_size=window, seed=seed).to(device)
 everywhere = everywhere[:, None, None].expand_as(psfs)
@@ -345,7 +345,7 @@ for c in range(3):
         kernel_size=lens_window,
         device=device,
     )
-    colours.append(one.fit(one.retrieved().to(device), steps=sizes["fit_lens"]))
+    colours.append(one.fit(one.retrieved().to(device), steps=sizes["fit_lens"], progress=True))
     noise_found.append(one.noise_std.item())
 each_alone = torch.cat(colours, dim=3)
 calibrated = mirrored(each_alone)
