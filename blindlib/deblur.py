@@ -563,7 +563,9 @@ def find_kernels(
     many = y.expand(len(guesses), -1, -1, -1)
     common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, response=response, progress=progress)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
-    seeds = torch.randint(2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(
+        2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed % 2**64)
+    ).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
 
     again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")

@@ -30,7 +30,7 @@ def _generator(seed: Seed) -> torch.Generator:
         return seed
     if not is_integer(seed):
         raise TypeError(f"seed: expected an int or a torch.Generator, got {type(seed).__name__}")
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator().manual_seed(int(seed) % 2**64)  # the same for those of 64 bits, and any other will do
 
 
 class _Draw:
