@@ -27,6 +27,7 @@ from blindlib.checks import (
     check_positive,
     check_priors,
     is_integer,
+    is_number,
 )
 from blindlib.priors import Prior
 from blindlib.schedule import NoiseSchedule
@@ -101,9 +102,9 @@ class DPS:
     def __post_init__(self) -> None:
         named = {name: getattr(self, name) for name in ("lead", "sparsity", "caution", "release")}
         check_mapping(**named)
-        lead = named.pop("lead")
-        named["release"] = {latent: level for latent, level in self.release.items() if level != math.inf}  # always
-        check_positive(**{f"lead[{latent!r}]": number for latent, number in lead.items()})
+        check_positive(**{f"lead[{latent!r}]": number for latent, number in named.pop("lead").items()})
+        # Above infinity there is no noise: that one is pulled from the start.
+        named["release"] = {latent: level for latent, level in self.release.items() if level != math.inf}
         if isinstance(self.step_size, Mapping):
             named["step_size"] = self.step_size
         else:
@@ -263,8 +264,8 @@ class DiffPIR:
     def __post_init__(self) -> None:
         check_noise(self.noise_std)
         check_positive(strength=self.strength)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
+        if not is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta!r}")
 
     def __call__(
         self,

@@ -332,6 +332,7 @@ def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
         (lambda: DiffPIR(math.nan), "noise_std: expected a number in .*got nan"),
         (lambda: DiffPIR(0.1, strength=math.inf), "strength: expected a positive number, got inf"),
         (lambda: DiffPIR(0.1, eta=1.5), r"eta: expected a number in \[0, 1\], got 1.5"),
+        (lambda: DiffPIR(0.1, eta="a"), r"eta: expected a number in \[0, 1\], got 'a'"),
     ],
 )
 def test_a_guidance_of_wrong_numbers(make, message):
