@@ -16,7 +16,15 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from blindlib.checks import check_counts, check_noise
-from blindlib.deblur import check_output, deblur, deblur_folder, estimate_noise, read_image, write_image
+from blindlib.deblur import (
+    check_output,
+    deblur,
+    deblur_folder,
+    estimate_noise,
+    is_same_file,
+    read_image,
+    write_image,
+)
 from blindlib.em import RESPONSES
 from blindlib.jobs import Team
 from blindlib.matching import FLOW_STRIDE, fit_flow, learn_operator, load_operator
@@ -153,7 +161,7 @@ def _deblur(a: argparse.Namespace) -> str:
         option = name.replace("_", "-")
         if out.resolve() in taken:
             raise ValueError(f"{option}: {out} is where the {taken[out.resolve()]} goes; name another file")
-        if out.exists() and out.samefile(a.photo):
+        if is_same_file(out, a.photo):
             raise ValueError(f"{option}: {out} is the photograph itself; name another file")
         check_output(out)
         taken[out.resolve()] = contents[name]

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_kernel, check_noise, check_positive, check_priors
+from blindlib.checks import check_counts, check_kernel, check_noise, check_positive, check_priors, is_integer
 from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -85,6 +85,8 @@ class Deblurred:
     error : Tensor, shape (1, 1, H, W), optional
         Root mean square error of ``image`` that is to be expected at each pixel, on the [-1, 1] scale, if it was asked
         for; see :func:`expected_error`.
+    source : Path, optional
+        The file that came in, if it was one.
     """
 
     image: Tensor
@@ -94,9 +96,20 @@ class Deblurred:
     blurred: Tensor
     figures: dict
     error: Tensor | None = None
+    source: Path | None = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the sharp photograph, whole or not at all; the suffix of ``path`` gives the format."""
+        """Write the sharp photograph, whole or not at all; the suffix of ``path`` gives the format.
+
+        Raises
+        ------
+        ValueError
+            If ``path`` is the photograph that came in, which is never written over.
+        OSError, ValueError
+            As :func:`write_image`.
+        """
+        if self.source is not None and is_same_file(path, self.source):
+            raise ValueError(f"path: {os.fspath(path)!r} is the photograph itself; name another file")
         write_image(self.image, path)
 
 
@@ -186,8 +199,12 @@ def deblur(
         response = "linear" if isinstance(photo, Tensor) else "srgb"
     if response not in RESPONSES:
         raise ValueError(f"response: expected one of {RESPONSES}, got {response!r}")
-    check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop, max_size=max_size)
+    check_counts(rounds=rounds, samples=samples, starts=starts, crop=crop)
+    check_counts(max_size=max_size, optional=True)
     check_noise(noise_std, optional=True)
+    if not is_integer(seed):
+        raise ValueError(f"seed: expected an integer, got {seed!r}")
+    seed = int(seed)
     if prior not in ("image", "text"):
         raise ValueError(f"prior: expected 'image' or 'text', got {prior!r}; others are given as priors")
     if priors is not None:
@@ -250,12 +267,15 @@ def deblur(
         ).cpu()
     figures["residual"] = float(_residual(y, images[:1], kernels[:1], blur))
     figures["seconds"] = time.perf_counter() - started
-    return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures, wrong)
+    # Absolute, as the current folder may change.
+    source = Path(photo).resolve() if isinstance(photo, str | os.PathLike) else None
+    return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures, wrong, source)
 
 
 def _check_known(kernel: Tensor) -> None:
     shape = tuple(kernel.shape) if isinstance(kernel, Tensor) else type(kernel).__name__
-    if not isinstance(kernel, Tensor) or kernel.ndim not in (4, 6) or kernel.shape[-1] != kernel.shape[-2]:
+    square = isinstance(kernel, Tensor) and kernel.ndim in (4, 6) and kernel.shape[-1] == kernel.shape[-2]
+    if not square or kernel.shape[0] != 1:
         raise ValueError(f"kernel: expected shape (1, 1, K, K), or (1, rows, columns, 1 or 3, K, K); got {shape}")
     check_kernel(kernel=kernel)
 
@@ -543,7 +563,9 @@ def find_kernels(
     many = y.expand(len(guesses), -1, -1, -1)
     common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, response=response, progress=progress)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
-    seeds = torch.randint(2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(
+        2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed % 2**64)
+    ).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
 
     again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
@@ -694,6 +716,11 @@ def write_image(image: Tensor, path: str | os.PathLike) -> None:
     x = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     with whole(path) as part:
         Image.fromarray(x[:, :, 0] if x.shape[2] == 1 else x).save(part, format=kind, quality=95)
+
+
+def is_same_file(path: str | os.PathLike, other: Path) -> bool:
+    """Whether both are there and one file, by whatever names."""
+    return os.path.exists(path) and other.exists() and other.samefile(path)
 
 
 def check_output(path: str | os.PathLike) -> str:

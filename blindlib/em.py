@@ -23,10 +23,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from blindlib.baselines import l0_pyramid, no_blur
-from blindlib.checks import check_counts, check_kernel, check_positive
+from blindlib.checks import check_counts, check_kernel, check_positive, is_integer
 from blindlib.metrics import recentred
 from blindlib.operators import Blur, LinearLight, linear_values, otf, seen, windowed
-from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, read_checkpoint, write_checkpoint
+from blindlib.priors import KERNEL_DENOISER, Prior, kernel_to_latent, pick_device, read_checkpoint, write_checkpoint
 from blindlib.sampler import DPS, DiffPIR, Latents, PiGDM, Result, bar, sample
 from blindlib.schedule import NoiseSchedule
 
@@ -201,7 +201,7 @@ def load_kernel_denoiser(path: str | Path | None = None, *, device: str | torch.
         net.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint of a kernel denoiser: {error}") from None
-    return net.eval().requires_grad_(False).to(device)
+    return net.eval().requires_grad_(False).to(pick_device(device))
 
 
 _shipped_denoiser = functools.cache(lambda device: load_kernel_denoiser(device=device))
@@ -552,7 +552,7 @@ def as_published(kernel_size: int) -> dict:
 
 
 def _backbone(name: str, noise_std: float, steps: int, side: int) -> Callable:
-    if not isinstance(steps, int):  # times that rise again would put noise on the kernel, which here has none
+    if not is_integer(steps):  # times that rise again would put noise on the kernel, which here has none
         raise ValueError(f"steps: EM expects a number, got {type(steps).__name__}")
     if name == "pigdm":
         return PiGDM(noise_std)

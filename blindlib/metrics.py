@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blindlib.checks import check_counts
+from blindlib.checks import check_counts, check_images, is_integer
 from blindlib.operators import warp
 
 
@@ -34,8 +34,9 @@ def psnr(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> Tenso
 
     Raises
     ------
-    ValueError
-        If shapes differ, are not (B, C, H, W), or leave nothing between the borders; if ``subpixel`` is not positive.
+    TypeError, ValueError
+        If either is no tensor of floats (a byte is no value in [-1, 1]); if shapes or devices differ, shapes are not
+        (B, C, H, W), or leave nothing between the borders; if ``subpixel`` is not positive.
     """
     moved, inner = aligned(x, ref, max_shift, subpixel)
     return 10 * torch.log10(4 / (moved - inner).square().mean((1, 2, 3)).clamp(min=1e-12))
@@ -46,11 +47,12 @@ def aligned(x: Tensor, ref: Tensor, max_shift: int = 0, subpixel: int = 1) -> tu
 
     Arguments and errors are those of :func:`psnr`; both have the shape (B, C, H - 2 max_shift, W - 2 max_shift).
     """
-    if x.shape != ref.shape or x.ndim != 4:
-        raise ValueError(f"x: expected the shape of ref, {tuple(ref.shape)}, of rank 4; got {tuple(x.shape)}")
+    check_images(x=x, ref=ref)
+    if x.shape != ref.shape:
+        raise ValueError(f"x: expected the shape of ref, {tuple(ref.shape)}; got {tuple(x.shape)}")
     m, (h, w) = max_shift, x.shape[-2:]
-    if m < 0 or 2 * m >= min(h, w):
-        raise ValueError(f"max_shift: expected 0 <= max_shift < {min(h, w) / 2}, got {max_shift}")
+    if not is_integer(m) or m < 0 or 2 * m >= min(h, w):
+        raise ValueError(f"max_shift: expected an integer, 0 <= max_shift < {min(h, w) / 2}, got {max_shift!r}")
     inner = ref[..., m : h - m, m : w - m]
     best, least = torch.full_like(inner, math.nan), torch.full((len(x),), math.inf, device=x.device)
     for down, right in _fractions(subpixel)[: None if m else 1]:
@@ -81,11 +83,13 @@ def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
 
     Raises
     ------
-    ValueError
-        If either is not of rank 4 with one channel, or the batch sizes do not fit; if ``subpixel`` is not positive.
+    TypeError, ValueError
+        If either is no tensor of floats, of rank 4 with one channel, or batch sizes or devices do not fit; if
+        ``subpixel`` is not positive.
     """
+    check_images(kernel=kernel, ref=ref)
     for name, k in (("kernel", kernel), ("ref", ref)):
-        if k.ndim != 4 or k.shape[1] != 1:
+        if k.shape[1] != 1:
             raise ValueError(f"{name}: expected shape (B, 1, K, K), got {tuple(k.shape)}")
     if ref.shape[0] not in (1, kernel.shape[0]):
         raise ValueError(f"ref: expected one kernel or {kernel.shape[0]}, got {ref.shape[0]}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blindlib.checks import check_counts
+from blindlib.checks import check_counts, check_images
 
 BOUNDARIES = ("circular", "zero", "reflect", "valid")
 Part = tuple[int, int, int, int]  # of a field: top, left, and the whole field's height and width
@@ -99,8 +99,15 @@ class Blur:
         Returns
         -------
         Tensor (B, C, H, W)
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of :meth:`__call__`, and if ``y`` is not of the shape of the blurred image.
         """
         if self.boundary == "circular":
+            _check_pair(image, kernel)
+            _check_measured(y, image)
             h = otf(kernel, tuple(y.shape[-2:]))
             top = h.conj() * torch.fft.rfft2(y) + weight * torch.fft.rfft2(image)
             return torch.fft.irfft2(top / (h.abs() ** 2 + weight), s=y.shape[-2:])
@@ -291,9 +298,10 @@ class LinearLight:
         _check_floats(image=image)
         return to_srgb(self.operator(to_light(image), *args, **known))
 
-    def sizes(self, *args: object, **sizes: object) -> dict[str, tuple[int, int]]:
-        """As of the operator."""
-        return self.operator.sizes(*args, **sizes)
+    @property
+    def sizes(self) -> Callable[..., dict[str, tuple[int, int]]]:
+        """That of the operator."""
+        return self.operator.sizes
 
     def solve(
         self, y: Tensor, *, image: Tensor, weight: Tensor | float, iterations: int = 12, **known: object
@@ -306,15 +314,18 @@ class LinearLight:
         inverts it, whatever the boundary. With ``noise_in="light"`` both distances are those of light, and it is the
         operator's own solve, without what that has below black.
         """
+        _check_floats(image=image)
         light = to_light(image)
         if self.noise_in == "light":
             solved = self.operator.solve(to_light(y), image=light, weight=weight, iterations=iterations, **known)
             return to_srgb(solved.clamp(min=-1))  # a linear solve rings below black, where a little is many values
-        of_image, of_y = _light_per_value(image), _light_per_value(y)
 
         def blurred(x: Tensor) -> Tensor:
             return self.operator(x, **known)
 
+        arrives = blurred(light)
+        _check_measured(y, arrives)
+        of_image, of_y = _light_per_value(image), _light_per_value(y)
         # Where it is dark a little light is many values: without this scale a dozen iterations get nowhere. Kernels are
         # not negative and have the sum 1, so that A^T w is no less than the diagonal of A^T w A.
         seen_with = _transposed(blurred, of_y**-2, image).clamp(min=0)  # an FFT's rounding
@@ -326,7 +337,7 @@ class LinearLight:
         def transposed(r: Tensor) -> Tensor:
             return of_image * scale * _transposed(blurred, r / of_y, image)
 
-        missing, nothing = (to_light(y) - blurred(light)) / of_y, torch.zeros_like(image)
+        missing, nothing = (to_light(y) - arrives) / of_y, torch.zeros_like(image)
         change = _conjugate_gradients(forward, transposed, missing, nothing, weight * scale**2, iterations)
         return to_srgb(light + of_image * scale * change)
 
@@ -381,7 +392,7 @@ class Turbulence:
     """
 
     def __init__(self, boundary: str = "circular", *, frames: int | None = None) -> None:
-        check_counts(frames=frames)
+        check_counts(frames=frames, optional=True)
         self.blur, self.frames = Blur(boundary), frames
 
     def __repr__(self) -> str:
@@ -451,7 +462,9 @@ class Turbulence:
         -------
         Tensor, shape (B, [M,] 2, H, W)
         """
-        rest = y - self(image, kernel, tilt)
+        made = self(image, kernel, tilt)
+        _check_measured(y, made)
+        rest = y - made
         tilt = tilt.expand(len(y), *tilt.shape[1:])
         image, kernel, flat = self._spread(image, kernel, tilt)
         slopes = []
@@ -626,7 +639,9 @@ def _conjugate_gradients(
     iterations: int,
 ) -> Tensor:
     """``argmin_z |y - A z|^2 + weight |z - x|^2`` for a linear map and its transpose, started at ``x``."""
-    r = transposed(y - forward(x))
+    made = forward(x)
+    _check_measured(y, made)
+    r = transposed(y - made)
     p, rr = r, _dot(r, r)
     for _ in range(iterations):
         q = transposed(forward(p)) + weight * p
@@ -662,16 +677,19 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_floats(image: Tensor, **other: Tensor) -> None:
-    for name, x in {"image": image, **other}.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
-        if x.device != image.device:
-            raise ValueError(f"{name}: is on {x.device}, the image on {image.device}; move one with .to(device)")
+    check_images(image=image, **other)
+    for name, x in other.items():
         if x.dtype != image.dtype:
             raise TypeError(f"{name}: is of {x.dtype}, the image of {image.dtype}; convert one with .to(dtype)")
+
+
+def _check_measured(y: Tensor, made: Tensor) -> None:
+    """That ``y`` is like what the operator has ``made``: another shape could still broadcast, and items mix."""
+    if not isinstance(y, Tensor) or (y.dtype, y.device) != (made.dtype, made.device):
+        what = f"{y.dtype} on {y.device}" if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y: expected a tensor of {made.dtype} on {made.device}, as the image is, got {what}")
+    if y.shape != made.shape:
+        raise ValueError(f"y: expected shape {tuple(made.shape)}, as the operator makes it, got {tuple(y.shape)}")
 
 
 def _check_pair(image: Tensor, kernel: Tensor) -> None:

@@ -30,6 +30,12 @@ KERNEL_DENOISER = WEIGHTS / "kernel-denoiser.safetensors"
 CHANNELS = {"image": 3, "kernel": 1, "tilt": 2}
 LATENTS = {channels: latent for latent, channels in CHANNELS.items()}
 
+# For the errors of files that are no such checkpoints.
+PUBLISHED = (
+    "The published checkpoints (ffhq_10m.pt, kernel.pt, tilt.pt) are linked from "
+    "https://github.com/BlindDPS/blind-dps; download one and give its path."
+)
+
 # Side of the window of the published kernel prior, which its checkpoint does not tell.
 PUBLISHED_KERNEL = 64
 
@@ -153,7 +159,7 @@ class DiffusionPrior:
 
     def to(self, device: str | torch.device) -> DiffusionPrior:
         """Move the network to ``device``, in place; returns the prior."""
-        self.net.to(device)
+        self.net.to(pick_device(device))
         return self
 
     def start(self, noise: Tensor) -> Tensor:
@@ -169,6 +175,7 @@ class DiffusionPrior:
 
     def estimate(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
         """The posterior mean, and the net's raw variance output (B, C, H, W) if it has one."""
+        self.schedule.check_noisy(t)
         out = self.net(x_t, torch.tensor([t], device=x_t.device))
         out, variance = out.split(self.shape[0], dim=1) if out.shape[1] > self.shape[0] else (out, None)
         a = self.schedule.alpha_bar(t)
@@ -218,7 +225,7 @@ class _ExactPrior:
             raise ValueError(f"latent: a prior of the {latent} has {CHANNELS[latent]} channels, got {shape[0]}")
         self.shape, self.latent = shape, latent
         # As tensors on it report it, "cuda:0" for "cuda": the two are not equal.
-        self.device = torch.empty(0, device=device).device
+        self.device = torch.empty(0, device=pick_device(device)).device
         self.schedule = schedule or NoiseSchedule.linear()
         self.physical: Callable[[Tensor], Tensor] = PHYSICAL[latent] if latent else lambda x0: x0
 
@@ -300,6 +307,7 @@ class GaussianPrior(_ExactPrior):
 
     def denoise(self, x_t: Tensor, t: int) -> Tensor:
         """E[x_0 | x_t] in closed form: the Wiener filter at noise level t; ``x_t`` (B, C, H, W)."""
+        self.schedule.check_noisy(t)
         a = self.schedule.alpha_bar(t)
         mean, gain = self.mean.to(x_t), (math.sqrt(a) * self.variance / (a * self.variance + 1 - a)).to(x_t)
         centred = x_t - math.sqrt(a) * mean
@@ -371,8 +379,7 @@ class GaussianMixturePrior(_ExactPrior):
 
         ``x_t`` (B, C, H, W). Differentiable in ``x_t``.
         """
-        a = self.schedule.alpha_bar(t)
-        share = self._log_joint(x_t, a).softmax(1)
+        share, a = self._log_joint(x_t, t).softmax(1), self.schedule.alpha_bar(t)
         precision = 1 / (a * self.variance + 1 - a)
         gain = math.sqrt(a) * self.variance * precision
         x0 = share @ ((1 - a) * precision * self.means) + share @ gain * x_t.double().flatten(1)
@@ -380,10 +387,12 @@ class GaussianMixturePrior(_ExactPrior):
 
     def log_density(self, x_t: Tensor, t: int) -> Tensor:
         """log p(x_t), in nats: (B,), double precision; ``x_t`` (B, C, H, W). Differentiable in ``x_t``."""
-        return self._log_joint(x_t, self.schedule.alpha_bar(t)).logsumexp(1)
+        return self._log_joint(x_t, t).logsumexp(1)
 
-    def _log_joint(self, x_t: Tensor, a: float) -> Tensor:
+    def _log_joint(self, x_t: Tensor, t: int) -> Tensor:
         """log of weight times density of ``x_t`` for each component, (B, M)."""
+        self.schedule.check_noisy(t)
+        a = self.schedule.alpha_bar(t)
         if x_t.shape[1:] != self.shape:
             raise ValueError(f"x_t: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}")
         x, means = x_t.double().flatten(1), math.sqrt(a) * self.means
@@ -521,13 +530,15 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
         BlindDPS / DPS (``ffhq_10m.pt``, ``kernel.pt``, ``tilt.pt``; the kind is told from its keys and shapes).
         Nothing in a file is executed: safetensors, or ``torch.load(weights_only=True)``.
     device : str or torch.device
+        ``"auto"``: a GPU where there is one.
 
     Raises
     ------
     FileNotFoundError
         If there is no such name or file; the message says where published checkpoints are to be had.
     ValueError
-        If the file is truncated, holds anything but tensors, or is not of this family of networks.
+        If the file is truncated, holds anything but tensors, or is not of this family of networks; if a weight is not
+        finite, or there is no such device.
     """
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in shipped_priors():
@@ -535,10 +546,12 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     if not path.is_file():
         raise FileNotFoundError(
             f"name_or_path: no file {str(name_or_path)!r}, and no shipped prior of that name (there are "
-            f"{', '.join(shipped_priors())}). The published checkpoints (ffhq_10m.pt, kernel.pt, tilt.pt) are linked "
-            "from https://github.com/BlindDPS/blind-dps; download one and give its path."
+            f"{', '.join(shipped_priors())}). {PUBLISHED}"
         )
-    about, state = read_checkpoint(path)
+    try:
+        about, state = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {PUBLISHED}") from None
     try:
         if about is None:
             net = UNet.from_state_dict(state)
@@ -552,7 +565,9 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
             settings = {key: about[key] for key in ("prediction", "size", "scale") if key in about}
             prior = DiffusionPrior(net, about["latent"], **settings)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this package or of the published family: {error}") from None
+        raise ValueError(
+            f"{path}: not a checkpoint of this package or of the published family: {error}. {PUBLISHED}"
+        ) from None
     return prior.to(device)
 
 
@@ -572,7 +587,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         found = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or the like, got {device!r}") from None
     if found.type == "cuda" and (found.index or 0) >= gpus:
         raise ValueError(f"device: {device!r} is not there; torch finds {gpus} CUDA GPUs, take 'auto' or 'cpu'")
@@ -592,20 +607,25 @@ def read_checkpoint(path: Path) -> tuple[dict | None, dict[str, Tensor]]:
     Raises
     ------
     ValueError
-        If the file is missing or truncated, or holds anything but tensors.
+        If the file is missing or truncated, or holds anything but tensors of finite numbers.
     """
+    about = None
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as f:
-                about = (f.metadata() or {}).get("blindlib")
-            return (json.loads(about) if about else None), load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                about = json.loads((f.metadata() or {}).get("blindlib") or "null")
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds, none of which names the file
+        reason = str(error) or type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint, it may be truncated or hold more than tensors ({error})"
+            f"{path}: cannot be read as a checkpoint, it may be truncated or hold more than tensors ({reason})"
         ) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    return None, state
+    if broken := [key for key, value in state.items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"{path}: expected finite numbers, but {', '.join(map(str, broken)):.80} has NaN or infinity")
+    return about, state

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from blindlib.checks import check_counts, check_noise, check_positive
+from blindlib.checks import (
+    check_counts,
+    check_mapping,
+    check_noise,
+    check_not_negative,
+    check_positive,
+    check_priors,
+    is_integer,
+    is_number,
+)
 from blindlib.priors import Prior
 from blindlib.schedule import NoiseSchedule
 
@@ -72,6 +81,12 @@ class DPS:
     release : mapping of latent name to float
         Noise level of the latent above which it is not pulled, and keeps to its prior: a tilt can be seen once
         the image has edges, and before that it would only fit the image's faults.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If what should be a mapping is none, or a number is negative, not finite, or for ``lead`` 0. Names that are not
+        among the unknowns are none's fault: the defaults are for all that a latent may be.
     """
 
     step_size: float | Mapping[str, float] = field(default_factory=lambda: dict(STEP_SIZE))
@@ -83,6 +98,19 @@ class DPS:
     solved: Collection[str] = ()
     caution: Mapping[str, float] = field(default_factory=dict)
     release: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = {name: getattr(self, name) for name in ("lead", "sparsity", "caution", "release")}
+        check_mapping(**named)
+        check_positive(**{f"lead[{latent!r}]": number for latent, number in named.pop("lead").items()})
+        # Above infinity there is no noise: that one is pulled from the start.
+        named["release"] = {latent: level for latent, level in self.release.items() if level != math.inf}
+        if isinstance(self.step_size, Mapping):
+            named["step_size"] = self.step_size
+        else:
+            check_not_negative(step_size=self.step_size)
+        for name, numbers in named.items():
+            check_not_negative(**{f"{name}[{latent!r}]": number for latent, number in numbers.items()})
 
     @classmethod
     def paper(cls, **changes: object) -> DPS:
@@ -108,6 +136,8 @@ class DPS:
         by 300 / steps and at most by half. The image's grows with the side too, the others' shrink: the gradient of a
         norm over N pixels is 1 / sqrt(N) at each pixel of the image, and sqrt(N) at a latent that all pixels share.
         """
+        check_counts(steps=steps)
+        check_positive(side=side)
         if isinstance(self.step_size, Mapping):
             gain, wide = min(max(300 / steps, 1), 1.5), side / 64
             size = {name: gain * s * (wide if name == "image" else 1 / wide) for name, s in self.step_size.items()}
@@ -234,8 +264,8 @@ class DiffPIR:
     def __post_init__(self) -> None:
         check_noise(self.noise_std)
         check_positive(strength=self.strength)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta}")
+        if not is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: expected a number in [0, 1], got {self.eta!r}")
 
     def __call__(
         self,
@@ -519,15 +549,15 @@ def sample(
     >>> sample(y, Blur(), priors, steps=1000).kernel                                # doctest: +SKIP
     """
     guidance = DPS() if guidance is None else guidance
-    if not callable(guidance):
+    if not callable(guidance) or isinstance(guidance, type):
         raise TypeError(f"guidance: expected one such as DPS(), got {guidance!r}")
     shapes, schedule = _check(y, operator, priors, samples)
     if (start is None) != (start_time is None):
         raise ValueError("start, start_time: expected both or neither")
     times = _times(steps, start_time, schedule)
     steps = len(times)
-    if history < 0 or history > steps:
-        raise ValueError(f"history: expected 0 <= history <= steps = {steps}, got {history}")
+    if not is_integer(history) or not 0 <= history <= steps:
+        raise ValueError(f"history: expected an integer, 0 <= history <= steps = {steps}, got {history!r}")
     draws = _Noise(seed, len(y), samples, y.device)
     if isinstance(operator, functools.partial):
         known = {name: _repeated(value, len(y), samples) for name, value in operator.keywords.items()}
@@ -582,8 +612,9 @@ def _times(steps: int | Sequence[int], first: int | None, schedule: NoiseSchedul
     if not isinstance(steps, Sequence):
         return schedule.timesteps(steps, first=first)
     times = list(steps)
-    if not times or not all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < len(schedule) for t in times):
+    if not times or not all(is_integer(t) and 0 <= t < len(schedule) for t in times):
         raise ValueError(f"steps: expected a number, or times from 0 to {len(schedule) - 1}, got {steps!r:.80}")
+    times = [int(t) for t in times]
     if first is not None and times[0] != first:
         raise ValueError(f"steps: times are expected to begin at start_time={first}, got {times[0]}")
     return times
@@ -598,10 +629,13 @@ def _diffused(
     samples: int,
 ) -> Latents:
     """``start`` with the noise that each latent has when the run is at ``t``."""
+    check_mapping(start=start)
     if set(start) != set(noise):
         raise ValueError(f"start: expected one for each of {', '.join(noise)}, got {', '.join(start) or 'none'}")
     out = {}
     for name, z in noise.items():
+        if not isinstance(start[name], Tensor):
+            raise TypeError(f"start: expected a tensor of the {name}, got {type(start[name]).__name__}")
         x0 = start[name].to(z).repeat_interleave(samples, 0)
         if x0.shape != z.shape or not bool(torch.isfinite(x0).all()):
             expected = (len(z) // samples, *z.shape[1:])
@@ -625,11 +659,11 @@ class _Noise:
     """
 
     def __init__(self, seed: int | Sequence[int], batch: int, samples: int, device: torch.device) -> None:
-        one = isinstance(seed, int) and not isinstance(seed, bool)
+        one = is_integer(seed)
         seeds = [seed] if one else list(seed) if isinstance(seed, Sequence) else []
-        if not all(isinstance(s, int) for s in seeds) or len(seeds) not in ((1,) if one else (batch,)):
+        if not all(is_integer(s) for s in seeds) or len(seeds) not in ((1,) if one else (batch,)):
             raise ValueError(f"seed: expected an int, or one for each of {batch} measurements, got {seed!r}")
-        numbers = [(s * 1_000_003 + j) % 2**63 for s in seeds for j in range(samples)]
+        numbers = [(int(s) * 1_000_003 + j) % 2**63 for s in seeds for j in range(samples)]
         self.generators = [torch.Generator().manual_seed(number) for number in numbers]
         self.repeat, self.device = batch if one else 1, device
 
@@ -655,8 +689,17 @@ def _check(
             "an image of bytes becomes one by x / 127.5 - 1"
         )
     check_counts(samples=samples)
+    check_mapping(priors=priors)
     if not priors:
         raise ValueError("priors: expected one for each unknown, got none")
+    if not callable(operator) or isinstance(operator, type):
+        raise TypeError(f"operator: expected one such as Blur(), got {operator!r}")
+    _, known = _parts(operator)
+    for name, value in known.items():
+        if name in priors:
+            raise ValueError(f"priors: expected none for {name}, which functools.partial has fixed; leave one out")
+        if isinstance(value, Tensor) and (lost := int((~value.isfinite()).sum())):
+            raise ValueError(f"operator: its {name} has {lost} values that are NaN or infinite")
 
     arguments = inspect.signature(operator).parameters
     needed = {name for name, p in arguments.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
@@ -672,6 +715,7 @@ def _check(
             f"priors: {', '.join(sorted(set(priors) - set(arguments)))} is unknown to the operator, "
             f"which takes {', '.join(arguments)}"
         )
+    check_priors(priors)
     for name, prior in priors.items():
         if prior.device != y.device:
             raise ValueError(
@@ -695,12 +739,20 @@ def _check_output(operator: Callable, physical: Latents, y: Tensor) -> None:
 def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[str, tuple[int, ...]]:
     """Shape ([M,] C, H, W) of each latent: as its prior says, or as the operator derives it from y's size."""
     whole, known = _parts(operator)
-    sizes = {name: tuple(value.shape[-2:]) for name, value in known.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in known.items() if isinstance(value, Tensor) and value.ndim > 1}
+    sizes = {name: tuple(value.shape[-2:]) for name, value in tensors.items()}
     sizes |= {name: tuple(p.shape[-2:]) for name, p in priors.items() if p.shape[-1] is not None}
-    try:
-        derived = whole.sizes(tuple(y.shape[-2:]), **sizes) if hasattr(whole, "sizes") else {}
-    except TypeError as error:
-        raise ValueError(f"priors: sizes do not follow from y's alone, a prior has to give its own ({error})") from None
+    derived = {}
+    if hasattr(whole, "sizes"):
+        _, *others = inspect.signature(whole.sizes).parameters.values()
+        for name in (p.name for p in others if p.default is p.empty and p.kind is not p.VAR_KEYWORD):
+            if name in sizes:
+                continue
+            if name in known:
+                got = tuple(known[name].shape) if isinstance(known[name], Tensor) else type(known[name]).__name__
+                raise TypeError(f"operator: its {name} is expected to be a tensor with height and width, got {got}")
+            raise ValueError(f"priors: the size of the {name} does not follow from y's, its prior has to give one")
+        derived = whole.sizes(tuple(y.shape[-2:]), **sizes)
     shapes = {}
     for name, prior in priors.items():
         height, width = sizes.get(name) or derived.get(name) or tuple(y.shape[-2:])
@@ -710,7 +762,7 @@ def _shapes(y: Tensor, operator: Callable, priors: Mapping[str, Prior]) -> dict[
                 f"y: a measurement of {y.shape[-2]}x{y.shape[-1]} needs a {name} of {height}x{width}, but its prior "
                 f"works at multiples of {prior.stride}; crop y so that it needs one of {down[0]}x{down[1]}"
             )
-        if name == "image" and name not in known and prior.shape[-3] != y.shape[-3]:
+        if name == "image" and prior.shape[-3] != y.shape[-3]:
             raise ValueError(f"y: has {y.shape[-3]} channels, the image prior {prior.shape[0]}; repeat or average y's")
         shapes[name] = (*prior.shape[:-2], height, width)
     return shapes

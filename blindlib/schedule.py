@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from blindlib.checks import is_integer
+
 
 class NoiseSchedule:
     """A variance-preserving schedule, given by its ``betas``.
@@ -75,10 +77,11 @@ class NoiseSchedule:
             If ``first`` is not in 0 .. T - 1, ``steps`` not in 1 .. first + 1, or the spacing is unknown.
         """
         last = len(self) - 1 if first is None else first
-        if isinstance(last, bool) or not isinstance(last, int) or not 0 <= last < len(self):
+        if not is_integer(last) or not 0 <= last < len(self):
             raise ValueError(f"first: expected an integer from 0 to {len(self) - 1}, got {first!r}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= last + 1:
+        if not is_integer(steps) or not 1 <= steps <= last + 1:
             raise ValueError(f"steps: expected an integer from 1 to {last + 1}, got {steps!r}")
+        last, steps = int(last), int(steps)  # numpy's would make numpy's times
         if spacing not in ("half-log", "linspace", "leading"):
             raise ValueError(f"spacing: expected 'half-log', 'linspace' or 'leading', got {spacing!r}")
         if spacing == "leading":
@@ -96,6 +99,11 @@ class NoiseSchedule:
                 # No time twice, and one left for each step to come.
                 times.append(min(max(nearest, i and times[-1] + 1), last - (steps - 1 - i)))
         return times[::-1]
+
+    def check_noisy(self, t: int) -> None:
+        """ValueError if there is nothing to denoise at ``t``: of -1, the clean signal, only steps know."""
+        if not hasattr(t, "__index__") or not 0 <= t < len(self):
+            raise ValueError(f"t: expected an integer from 0 to {len(self) - 1}, got {t!r}")
 
     def alpha_bar(self, t: int) -> float:
         """alpha_bar at time ``t``; 1 at ``t = -1``, the clean signal."""

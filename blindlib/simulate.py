@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blindlib.checks import check_counts, check_positive
+from blindlib.checks import check_counts, check_pair, check_positive, is_integer
+from blindlib.priors import pick_device
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
@@ -27,16 +28,16 @@ Seed = int | torch.Generator
 def _generator(seed: Seed) -> torch.Generator:
     if isinstance(seed, torch.Generator):
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_integer(seed):
         raise TypeError(f"seed: expected an int or a torch.Generator, got {type(seed).__name__}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed) % 2**64)  # the same for those of 64 bits, and any other will do
 
 
 class _Draw:
     """Uniform and normal numbers from one generator, delivered on one device."""
 
     def __init__(self, seed: Seed, device: str | torch.device) -> None:
-        self.generator, self.device = _generator(seed), torch.device(device)
+        self.generator, self.device = _generator(seed), pick_device(device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         u = torch.rand(*shape, generator=self.generator, device=self.generator.device).to(self.device)
@@ -86,9 +87,10 @@ def dead_leaves(
     ValueError
         If a count or size is not positive.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    check_counts(n=n, size=height, layers=layers)
-    check_counts(size=width)
+    check_counts(n=n, layers=layers)
+    size = (size, size) if is_integer(size) else size
+    check_pair(size=size)
+    height, width = size
     draw = _Draw(seed, device)
     y, x = torch.meshgrid(
         torch.arange(height, device=draw.device) + 0.5, torch.arange(width, device=draw.device) + 0.5, indexing="ij"
@@ -503,7 +505,8 @@ def shaken_psfs(
     ValueError
         If a size is too small or ``extent`` is not an interval within (0, 1].
     """
-    _check_kernel(min(grid), size, extent, "extent", 1.0)
+    check_pair(grid=grid)
+    _check_kernel(1, size, extent, "extent", 1.0)
     draw = _Draw(seed, device)
     path, weight = _shake(draw, 1)
     path = path / (path.amax(2) - path.amin(2)).amax().clamp(min=1e-6)
@@ -558,6 +561,9 @@ def lens_psfs(
     ValueError
         If the window is too small for the discs, or vignetting leaves nothing of them.
     """
+    check_pair(grid=grid)
+    check_counts(size=size)
+    device = pick_device(device)
     if min(centre, corner) <= 0 or not 0 <= colour < 1 or not 0 <= vignetting < 2:
         raise ValueError(
             f"centre, corner, colour, vignetting: expected positive radii, [0, 1) and [0, 2), got {centre}, {corner}, "
@@ -666,6 +672,7 @@ def defocus_kernels(
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """Discs of confusion with one-pixel soft rims; ``radius`` in pixels. Otherwise as :func:`motion_kernels`."""
+    check_counts(size=size)  # before it is divided
     _check_kernel(n, size, radius, "radius", size / 2)
     draw = _Draw(seed, device)
     r = draw.log_uniform(n, low=radius[0], high=radius[1])[:, None, None]
@@ -834,7 +841,8 @@ def mixed_tilts(n: int, size: int, *, seed: Seed = 0, device: str | torch.device
 
 
 def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **positive: float) -> None:
-    if n < 1 or size < 2:
+    check_counts(n=n, size=size)
+    if size < 2:
         raise ValueError(f"n, size: expected at least 1 field of at least 2 pixels, got {n} of {size}")
     if not 0 < interval[0] <= interval[1]:
         raise ValueError(f"{name}: expected 0 < low <= high, got {interval}")
@@ -842,7 +850,8 @@ def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **p
 
 
 def _check_kernel(n: int, size: int, interval: tuple[float, float], name: str, limit: float) -> None:
-    if n < 1 or size < 3:
+    check_counts(n=n, size=size)
+    if size < 3:
         raise ValueError(f"n, size: expected n >= 1 and size >= 3, got {n} and {size}")
     if not 0 < interval[0] <= interval[1] <= limit:
         raise ValueError(f"{name}: expected 0 < low <= high <= {limit}, got {interval}")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blindlib.checks import check_counts
+
 
 class UNet(nn.Module):
     """Time-conditioned convolutional UNet, ``(x_t, t) -> prediction``.
@@ -42,7 +44,7 @@ class UNet(nn.Module):
     Raises
     ------
     ValueError
-        If the widths cannot be divided into the groups or heads.
+        If a count is not positive, or the widths cannot be divided into the groups or heads.
 
     Examples
     --------
@@ -65,6 +67,12 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_counts(in_channels=in_channels, base_channels=base_channels, blocks=blocks)
+        check_counts(head_channels=head_channels, groups=groups)
+        check_counts(out_channels=out_channels, optional=True)
+        if len(multipliers) == 0:
+            raise ValueError("multipliers: expected one for each level, at least one, got none")
+        check_counts(**{f"multipliers[{i}]": multiplier for i, multiplier in enumerate(multipliers)})
         out_channels = in_channels if out_channels is None else out_channels
         self.config = dict(
             in_channels=in_channels,
@@ -132,9 +140,14 @@ class UNet(nn.Module):
 
         Raises
         ------
-        ValueError
-            If ``x`` has another rank or channel count, or if its sides are not multiples of ``self.stride``.
+        TypeError, ValueError
+            If ``x`` has another rank or channel count, or another type than the weights; if its sides are not multiples
+            of ``self.stride``; if there is not one time, or one for each item.
         """
+        # No values are looked at here: a GPU would have to be waited for, at every step.
+        if not isinstance(x, Tensor) or x.dtype != self.out[2].weight.dtype:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a tensor of {self.out[2].weight.dtype}, as the weights are, got {kind}")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: expected shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[2] % self.stride or x.shape[3] % self.stride or 0 in x.shape:
@@ -142,6 +155,9 @@ class UNet(nn.Module):
                 f"x: expected height and width to be multiples of {self.stride}, got {tuple(x.shape[2:])}; "
                 "crop or pad it first"
             )
+        if not isinstance(t, Tensor) or t.shape not in ((1,), x.shape[:1]):
+            got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"t: expected a tensor of shape (1,) or ({len(x)},), got {got}")
         emb = F.silu(self.time_embed(_sinusoid(t, self.base_channels)))
         skips = []
         for block in self.input_blocks:

@@ -20,6 +20,7 @@ from blindlib import (
     Learned,
     LinearLight,
     SpaceVaryingBlur,
+    UniformPrior,
     dead_leaves,
     deblur,
     deblur_folder,
@@ -171,6 +172,12 @@ def test_a_photo_too_small(tmp_path):
     [
         (dict(boundary="periodic"), "boundary"),
         (dict(noise_std=3.0), r"noise_std: expected a number in \[0, 1\)"),
+        (dict(noise_std="a"), r"noise_std: expected a number in \[0, 1\), .* got 'a'"),
+        (dict(seed=1.5), "seed: expected an integer, got 1.5"),
+        (dict(seed="a"), "seed: expected an integer, got 'a'"),
+        (dict(seed=None), "seed: expected an integer, got None"),
+        (dict(samples=None), "samples: expected a positive integer, got None"),
+        (dict(device="gpu"), "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"),
         (dict(kernel=torch.full((1, 1, 65, 65), 65**-2)), "kernel: of 65x65 pixels, is larger than the photograph"),
     ],
 )
@@ -461,7 +468,9 @@ def test_a_large_photo_is_scaled_down_and_says_so(capsys, monkeypatch):
     assert out.image.shape == photo.shape and out.figures["scale"] == 1
 
 
-@pytest.mark.parametrize("kernel", [torch.zeros(1, 1, 3, 3), -no_blur(1, 3), 5 * no_blur(1, 3), no_blur(1, 3)[0], "k"])
+@pytest.mark.parametrize(
+    "kernel", [torch.zeros(1, 1, 3, 3), -no_blur(1, 3), 5 * no_blur(1, 3), no_blur(1, 3)[0], "k", no_blur(2, 3)]
+)
 def test_a_kernel_that_is_none(kernel):
     with pytest.raises(ValueError, match="kernel: expected"):
         deblur(np.zeros((64, 64, 3)), kernel=kernel, progress=False)
@@ -491,6 +500,32 @@ def test_without_noise(blurred, monkeypatch):
 def test_priors_that_are_missing():
     with pytest.raises(ValueError, match="priors: none for kernel"):
         deblur(np.zeros((64, 64, 3)), priors={"image": load_prior("image")}, progress=False)
+
+
+@pytest.mark.parametrize(
+    "priors, error, message",
+    [
+        ("text", TypeError, "priors: expected a mapping .* got str"),
+        (
+            {"image": "text", "kernel": UniformPrior("kernel", 32)},
+            TypeError,
+            "priors: expected a prior of the image, .*",
+        ),
+        (
+            {"image": UniformPrior("kernel", 32), "kernel": UniformPrior("image")},
+            ValueError,
+            "priors: expected a prior of the image by that name, got one of the kernel",
+        ),
+        (
+            {"image": UniformPrior("image"), "kernel": UniformPrior("kernel")},
+            ValueError,
+            "priors: expected a prior of the kernel with a size, that of its window, got one of any",
+        ),
+    ],
+)
+def test_priors_that_are_none(priors, error, message):
+    with pytest.raises(error, match=message):
+        deblur(np.zeros((64, 64, 3)), priors=priors, progress=False)
 
 
 def test_restoring_what_is_sharp_does_no_harm(blurred):
@@ -524,6 +559,26 @@ def test_the_input_is_never_overwritten(tmp_path, capsys):
     assert main(["deblur", str(tmp_path / "a.png"), "--out", str(tmp_path / "." / "a.png")]) == 2
     assert "is the photograph itself" in capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_nor_is_it_by_the_result(tmp_path, monkeypatch):
+    """By whatever name it is called, and from whatever folder; a photograph that has gone is none."""
+    x = dead_leaves(1, 40, seed=1)
+    write_image(x, tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    out = deblur("a.png", kernel=no_blur(1, 3), progress=False)
+    (tmp_path / "link.png").symlink_to("a.png")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    for name in ("../a.png", tmp_path / "a.png", tmp_path / "link.png"):
+        with pytest.raises(ValueError, match="path: '.*' is the photograph itself; name another file"):
+            out.save(name)
+    assert (tmp_path / "a.png").read_bytes() == before
+    out.save("a.png")
+    (tmp_path / "a.png").unlink()
+    out.save(tmp_path / "a.png")
+    assert deblur(x, kernel=no_blur(1, 3), progress=False).source is None
 
 
 @pytest.mark.parametrize("out", ["a.xyz", "nowhere/a.png"])

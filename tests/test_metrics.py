@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -108,6 +109,31 @@ def test_recentred_moves_the_centre_of_mass():
     k[1, 0, 4, 4] = 2
     out = recentred(k)
     assert out[0, 0, 4, 4] == 1 and out[1, 0, 4, 4] == 1 and out.sum() == 2
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.zeros(1, 1, 8, 8).byte()), TypeError, "{}: expected a floating-point tensor, got torch.uint8"),
+        (dict(x=np.zeros((1, 1, 8, 8))), TypeError, "{}: expected a floating-point tensor, got ndarray"),
+        (dict(ref=np.zeros((1, 1, 8, 8))), TypeError, "ref: expected a floating-point tensor, got ndarray"),
+        (dict(x=torch.zeros(1, 8, 8)), ValueError, "{}: expected 4 dimensions"),
+        (dict(x=torch.zeros(1, 1, 0, 8)), ValueError, "{}: expected 4 dimensions .*, none of them 0"),
+        (dict(ref=torch.zeros(1, 1, 8, 8, device="meta")), ValueError, "ref: is on meta, the {} on cpu"),
+        (dict(subpixel=1.5), ValueError, "subpixel: expected a positive integer, got 1.5"),
+    ],
+)
+@pytest.mark.parametrize("measure, name", [(psnr, "x"), (mnc, "kernel")])
+def test_what_cannot_be_measured(measure, name, change, error, message):
+    given = dict(x=torch.zeros(1, 1, 8, 8), ref=torch.zeros(1, 1, 8, 8), subpixel=1) | change
+    with pytest.raises(error, match=message.format(name)):
+        measure(given["x"], given["ref"], subpixel=given["subpixel"])
+
+
+@pytest.mark.parametrize("max_shift", [1.5, -1, "1", True])
+def test_bad_shifts(max_shift):
+    with pytest.raises(ValueError, match="max_shift: expected an integer, 0 <= max_shift < 4.0, got"):
+        psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), max_shift=max_shift)
 
 
 def test_bad_input():

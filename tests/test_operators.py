@@ -121,6 +121,25 @@ def test_bad_input():
         blur(x, torch.ones(3, 1, 5, 5))
     with pytest.raises(ValueError, match="is on meta"):
         blur(x, k.to("meta"))
+    with pytest.raises(ValueError, match="kernel: expected 4 dimensions .*, none of them 0, got shape"):
+        blur(x, torch.ones(1, 1, 0, 0))
+
+
+@pytest.mark.parametrize("operator", [Blur(), Blur("valid"), Downsample(2, "zero"), LinearLight(Blur())], ids=repr)
+def test_bad_input_of_solve(operator, g):
+    image, kernel = torch.rand(2, 3, 16, 16, generator=g), torch.full((1, 1, 3, 3), 1 / 9)
+    y = operator(image, kernel)
+    for change, error, message in (
+        (dict(kernel=torch.full((1, 1, 17, 17), 17.0**-2)), ValueError, r"kernel: \(17, 17\) is larger than the image"),
+        (dict(kernel=torch.ones(1, 1, 0, 0)), ValueError, "kernel: expected 4 dimensions"),
+        (dict(y=y[..., 1:]), ValueError, r"y: expected shape \(2, 3, \d+, \d+\), as the operator makes it, got"),
+        (dict(y=y[:1]), ValueError, r"y: expected shape .* got \(1, 3,"),
+        (dict(y=y.double()), TypeError, "y: expected a tensor of torch.float32 on cpu, .* got torch.float64 on cpu"),
+        (dict(y=y.numpy()), TypeError, "y: expected a tensor of torch.float32 on cpu, .* got ndarray"),
+        (dict(image=image.numpy()), TypeError, "image: expected a floating-point tensor, got ndarray"),
+    ):
+        with pytest.raises(error, match=message):
+            operator.solve(**dict(y=y, kernel=kernel, image=image, weight=0.1) | change)
 
 
 def test_gradients_flow_to_both(g):

@@ -2,6 +2,7 @@ import math
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from blindlib import (
     sample,
     text_images,
 )
+from blindlib.em import load_kernel_denoiser
 from blindlib.priors import WEIGHTS, Frames, kernel_to_latent, kernel_to_physical, pick_device
 
 SHIPPED = {"image": ("image", 3), "kernel": ("kernel", 1), "text": ("image", 3), "tilt": ("tilt", 2)}
@@ -222,11 +224,19 @@ def test_a_priors_device_is_that_of_its_tensors():
 
 @pytest.mark.parametrize(
     "device, message",
-    [("gpu", "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"), ("cuda:99", "'cuda:99' is not there")],
+    [
+        ("gpu", "device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"),
+        (None, "device: expected 'auto', 'cpu', 'cuda' or the like, got None"),
+        ("cuda:99", "'cuda:99' is not there"),
+    ],
 )
-def test_a_device_that_is_not_there(device, message):
+@pytest.mark.parametrize(
+    "make", [pick_device, partial(load_prior, "kernel"), partial(UniformPrior, "kernel", 8), load_kernel_denoiser]
+)
+def test_a_device_that_is_not_there(make, device, message):
+    assert make(device="auto")
     with pytest.raises(ValueError, match=message):
-        pick_device(device)
+        make(device=device)
 
 
 # ---------------------------------------------------------------------------------- published and foreign files
@@ -259,8 +269,9 @@ def test_truncated_files(tmp_path):
         ("c.pt", b""),
     ):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=f"{name}: cannot be read as a checkpoint, it may be truncated"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as a checkpoint, it may be truncated") as caught:
             load_prior(tmp_path / name)
+        assert "()" not in str(caught.value) and "https://github.com/BlindDPS" in str(caught.value)
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
@@ -282,12 +293,23 @@ def test_foreign_checkpoints(tmp_path):
     for state in ({"weight": torch.zeros(3)}, wide, part, UNet(5, base_channels=32).state_dict()):
         save_file(state, tmp_path / "foreign.safetensors")
         with pytest.raises(
-            ValueError, match="foreign.safetensors: not a checkpoint of this package or of the published"
+            ValueError, match="(?s)foreign.safetensors: not a checkpoint of this package or of the published.*https://"
         ):
             load_prior(tmp_path / "foreign.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="expected a state dict of tensors, got list"):
         load_prior(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(value, tmp_path):
+    net = UNet(1, base_channels=8, multipliers=(1, 1), groups=4)
+    net.out[2].bias.data.fill_(value)
+    DiffusionPrior(net, "kernel", size=8).save(tmp_path / "a.safetensors")
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        with pytest.raises(ValueError, match=f"{name}: expected finite numbers, but out.2.bias has NaN or infinity"):
+            load_prior(tmp_path / name)
 
 
 def test_bad_arguments():
@@ -300,6 +322,24 @@ def test_bad_arguments():
         DiffusionPrior(net, "image")
     with pytest.raises(ValueError, match="latent"):
         UniformPrior("sound")
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 1.5, None])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        DiffusionPrior(UNet(1, base_channels=8, multipliers=(1, 1), groups=4), "kernel"),
+        GaussianPrior(0.0, spectrum=torch.ones(1, 8, 5)),
+        EmpiricalPrior(torch.zeros(2, 1, 8, 8)),
+        Frames(GaussianPrior(0.0, spectrum=torch.ones(1, 8, 5)), 1),
+    ],
+    ids=lambda prior: type(prior).__name__,
+)
+def test_times_that_are_none(prior, t):
+    x = torch.zeros(1, 1, 1, 8, 8) if isinstance(prior, Frames) else torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=f"t: expected an integer from 0 to 999, got {t}"):
+        prior.denoise(x, t)
+    assert torch.equal(prior.denoise(x, np.int64(999)), prior.denoise(x, 999))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from blindlib import (
     DiffPIR,
     DiffusionPrior,
     Downsample,
+    LinearLight,
     PiGDM,
     SpaceVaryingBlur,
     Turbulence,
@@ -330,6 +332,7 @@ def test_valid_boundary_reconstructs_the_larger_scene(small_priors):
         (lambda: DiffPIR(math.nan), "noise_std: expected a number in .*got nan"),
         (lambda: DiffPIR(0.1, strength=math.inf), "strength: expected a positive number, got inf"),
         (lambda: DiffPIR(0.1, eta=1.5), r"eta: expected a number in \[0, 1\], got 1.5"),
+        (lambda: DiffPIR(0.1, eta="a"), r"eta: expected a number in \[0, 1\], got 'a'"),
     ],
 )
 def test_a_guidance_of_wrong_numbers(make, message):
@@ -471,6 +474,10 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
 # --------------------------------------------------------------------------------------------------- bad input
 
 
+FLAT = {"image": UniformPrior("image"), "kernel": UniformPrior("kernel", 8)}
+IMAGE = {"image": FLAT["image"]}
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -489,7 +496,55 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
         (dict(start={}, start_time=50, steps=[40, 0]), ValueError, "expected to begin at start_time=50, got 40"),
         (dict(samples=0), ValueError, "samples: expected a positive integer, got 0"),
         (dict(samples=1.5), ValueError, "samples: expected a positive integer, got 1.5"),
+        (dict(samples=None), ValueError, "samples: expected a positive integer, got None"),
         (dict(guidance="dps"), TypeError, "guidance: expected one such as DPS"),
+        (dict(guidance=DPS), TypeError, r"guidance: expected one such as DPS\(\), got <class"),
+        (dict(operator="blur"), TypeError, r"operator: expected one such as Blur\(\), got 'blur'"),
+        (dict(operator=Blur), TypeError, r"operator: expected one such as Blur\(\), got <class"),
+        (
+            dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), math.nan)), priors=IMAGE),
+            ValueError,
+            "operator: its kernel has 9 values that are NaN or infinite",
+        ),
+        (
+            dict(operator=partial(Blur(), kernel=np.ones((1, 1, 3, 3), np.float32) / 9), priors=IMAGE),
+            TypeError,
+            "operator: its kernel is expected to be a tensor with height and width, got ndarray",
+        ),
+        (
+            dict(operator=partial(Blur(), kernel=torch.ones(1)), priors=IMAGE),
+            TypeError,
+            r"operator: its kernel is expected to be a tensor with height and width, got \(1,\)",
+        ),
+        (
+            dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), 1 / 9))),
+            ValueError,
+            "priors: expected none for kernel, which functools.partial has fixed",
+        ),
+        (dict(priors=UniformPrior("image")), TypeError, "priors: expected a mapping .* got UniformPrior"),
+        (dict(priors="image"), TypeError, "priors: expected a mapping .* got str"),
+        (dict(priors={**FLAT, "image": "image"}), TypeError, "priors: expected a prior of the image, .* got 'image'"),
+        (dict(priors={**FLAT, "kernel": None}), TypeError, "priors: expected a prior of the kernel, .* got None"),
+        (
+            dict(priors={**FLAT, "kernel": UniformPrior}),
+            TypeError,
+            "priors: expected a prior of the kernel, .* got <",
+        ),
+        (
+            dict(priors={"image": FLAT["kernel"], "kernel": FLAT["image"]}),
+            ValueError,
+            "priors: expected a prior of the image by that name, got one of the kernel",
+        ),
+        (
+            dict(priors={**FLAT, "kernel": UniformPrior("kernel")}),
+            ValueError,
+            "priors: the size of the kernel does not follow from y's, its prior has to give one",
+        ),
+        (
+            dict(priors={**FLAT, "kernel": UniformPrior("kernel")}, operator=LinearLight(Blur())),
+            ValueError,
+            "priors: the size of the kernel does not follow from y's, its prior has to give one",
+        ),
         (dict(seed=1.5), ValueError, "seed: expected an int, or one for each of 1 measurements, got 1.5"),
         (dict(operator=partial(Blur(), kernel=torch.ones(1, 1, 1, 1)), priors={}), ValueError, "priors: .* got none"),
         (
@@ -506,11 +561,21 @@ def test_a_late_start_gives_each_latent_its_own_noise(small_priors, y):
             ValueError,
             r"start: .* shape \(1, 1, 8, 8\) of the kernel, got \(1, 1, 9, 9\)",
         ),
+        (dict(start=[], start_time=50), TypeError, "start: expected a mapping .* got list"),
+        (
+            dict(start={"image": np.zeros((1, 3, 16, 16)), "kernel": torch.zeros(1, 1, 8, 8)}, start_time=50),
+            TypeError,
+            "start: expected a tensor of the image, got ndarray",
+        ),
         (dict(history=11), ValueError, "history"),
+        (dict(history="2"), ValueError, "history: expected an integer, 0 <= history <= steps = 10, got '2'"),
+        (dict(history=None), ValueError, "history: expected an integer, 0 <= history <= steps = 10, got None"),
+        (dict(history=True), ValueError, "history: expected an integer, 0 <= history <= steps = 10, got True"),
         (dict(guidance=DiffPIR(0.1)), ValueError, "DiffPIR and PiGDM take one unknown, got image, kernel; fix"),
         (dict(guidance=PiGDM(0.1)), ValueError, "DiffPIR and PiGDM take one unknown, got image, kernel; fix"),
         (dict(guidance=DPS(sparsity={"psf": 1.0})), ValueError, "sparsity: of 'psf', but the unknowns are image, ker"),
         (dict(seed="a"), ValueError, "seed"),
+        (dict(seed=[True]), ValueError, "seed: expected an int, or one for each of 1 measurements"),
         (dict(seed=[1, 2]), ValueError, "one for each of 1 measurements"),
         (dict(priors={"image": None}), ValueError, "priors: no prior for kernel"),
     ],
@@ -519,6 +584,45 @@ def test_bad_input(small_priors, change, error, message):
     arguments = dict(y=torch.zeros(1, 3, 16, 16), operator=Blur(), priors=small_priors, steps=10) | change
     with pytest.raises(error, match=message):
         sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(step_size=math.nan), ValueError, "step_size: expected a number, at least 0, got nan"),
+        (dict(step_size=-1.0), ValueError, "step_size: expected a number, at least 0, got -1.0"),
+        (dict(step_size="1"), ValueError, "step_size: expected a number, at least 0, got '1'"),
+        (dict(step_size={"image": None}), ValueError, r"step_size\['image'\]: expected a number, at least 0, got None"),
+        (dict(step_size={"kernel": -1}), ValueError, r"step_size\['kernel'\]: expected a number, at least 0, got -1"),
+        (dict(lead=2.0), TypeError, "lead: expected a mapping .* got float"),
+        (dict(lead={"kernel": 0}), ValueError, r"lead\['kernel'\]: expected a positive number, got 0"),
+        (dict(sparsity=0.1), TypeError, "sparsity: expected a mapping .* got float"),
+        (dict(sparsity={"kernel": "much"}), ValueError, r"sparsity\['kernel'\]: expected a number"),
+        (dict(caution=2.0), TypeError, "caution: expected a mapping .* got float"),
+        (dict(caution={"image": math.nan}), ValueError, r"caution\['image'\]: expected a number"),
+        (dict(release=[("tilt", 1)]), TypeError, "release: expected a mapping .* got list"),
+        (dict(release={"tilt": True}), ValueError, r"release\['tilt'\]: expected a number, at least 0, got True"),
+    ],
+)
+def test_bad_settings_of_dps(change, error, message):
+    with pytest.raises(error, match=message):
+        DPS(**change)
+
+
+def test_settings_of_dps_may_be_of_latents_that_there_are_not(small_priors, y):
+    more = dict(step_size={"tilt": 1.0}, lead={"psf": 2.0}, caution={"tilt": 1.0}, release={"tilt": math.inf})
+    known = partial(Blur(), kernel=torch.full((1, 1, 3, 3), 1 / 9))
+    for guidance in (DPS(), DPS(**more)):
+        assert sample(y[:1], known, {"image": small_priors["image"]}, steps=2, guidance=guidance).evaluations == 2
+
+
+def test_integers_of_numpy_are_integers(small_priors, y):
+    plain = sample(y[:1], Blur(), small_priors, steps=3, seed=5, history=1, samples=2)
+    for steps, seed in ((np.int64(3), np.int64(5)), (np.int32(3), [np.int32(5)])):
+        run = sample(y[:1], Blur(), small_priors, steps=steps, seed=seed, history=np.int64(1), samples=np.int64(2))
+        assert torch.equal(run.image, plain.image)
+    times = [np.int64(t) for t in small_priors["image"].schedule.timesteps(3)]
+    assert torch.equal(sample(y[:1], Blur(), small_priors, steps=times, seed=5, samples=2).image, plain.image)
 
 
 def test_unknown_latent(small_priors, y):
@@ -559,6 +663,10 @@ def test_respaced_steps_grow_and_follow_the_side():
     published = DPS(step_size=0.5)
     assert published.respaced(1000) == published
     assert [published.respaced(steps, side=128).step_size for steps in (500, 100)] == [1.0, 2.5]
+    with pytest.raises(ValueError, match="steps: expected a positive integer, got 0"):
+        dps.respaced(0)
+    with pytest.raises(ValueError, match="side: expected a positive number, got 0"):
+        dps.respaced(100, side=0)
 
 
 def test_diffpir_needs_a_solver(small_priors, y):
@@ -578,8 +686,16 @@ def test_diffpir_needs_a_solver(small_priors, y):
         (dict(strength=0.0), ValueError, "strength: expected a positive number, got 0.0"),
         (dict(first=math.inf), ValueError, "first: expected a positive number, got inf"),
         (dict(last=0.0), ValueError, "last: expected a positive number, got 0.0"),
+        (dict(noise_std="a"), ValueError, "noise_std: expected a number in .* got 'a'"),
+        (dict(strength=None), ValueError, "strength: expected a positive number, got None"),
+        (dict(prior="image"), TypeError, "priors: expected a prior of the image, .* got 'image'"),
         (
             dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), math.nan))),
+            ValueError,
+            "operator: its kernel has 9 values that are NaN or infinite",
+        ),
+        (
+            dict(operator=partial(Blur(), kernel=torch.full((1, 1, 3, 3), 1e38))),
             ArithmeticError,
             "dpir: the estimate is no number",
         ),

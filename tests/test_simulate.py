@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,39 @@ def test_bad_input():
         gaussian_kernels(1, 2)
     with pytest.raises(TypeError, match="seed: expected an int or a torch.Generator, got str"):
         motion_kernels(1, 16, seed="a")
+    assert torch.equal(motion_kernels(1, 16, seed=np.int64(3)), motion_kernels(1, 16, seed=3))
+
+
+@pytest.mark.parametrize("make", [*MAKERS, tilt_fields, kolmogorov_tilts, mixed_tilts, text_images])
+def test_counts_and_sizes_that_are_none(make):
+    for wrong in (2.5, "16", (16, 16), None, True, 0):
+        with pytest.raises(ValueError, match="n: expected a positive integer, got "):
+            make(wrong, 16)
+        with pytest.raises(ValueError, match="size: expected a positive integer, got "):
+            make(1, wrong)
+
+
+@pytest.mark.parametrize("size", [2.5, (8,), (8, 8, 8), (8, 2.5), "16", {8, 9}])
+def test_sizes_of_scenes_that_are_none(size):
+    with pytest.raises(ValueError, match="size: expected (two positive integers|a positive integer), got "):
+        dead_leaves(1, size)
+
+
+@pytest.mark.parametrize("make", [shaken_psfs, lens_psfs])
+def test_grids_that_are_none(make):
+    for grid in (3, (3,), (0, 2), (2, 1.5)):
+        with pytest.raises(ValueError, match="grid: expected (two positive integers|a positive integer), got "):
+            make(grid, 15)
+
+
+@pytest.mark.parametrize("make", [*MAKERS, dead_leaves, text_images, tilt_fields, partial(lens_psfs, (2, 2))])
+def test_devices(make):
+    size = {"size": 17} if isinstance(make, partial) else {"n": 1, "size": 17}
+    assert make(**size, device="auto").device.type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device: expected 'auto', 'cpu', 'cuda' or the like, got 'gpu'"):
+        make(**size, device="gpu")
+    with pytest.raises(ValueError, match="device: 'cuda:99' is not there"):
+        make(**size, device="cuda:99")
 
 
 def test_kolmogorov_tilts_have_nolls_variance_and_bend_no_ray_sideways():

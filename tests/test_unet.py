@@ -55,6 +55,37 @@ def test_bad_input(shape, message):
         UNet(3, base_channels=8, multipliers=(1, 1, 1, 1), groups=4)(torch.zeros(shape), torch.tensor([0]))
 
 
+@pytest.mark.parametrize(
+    "x, t, error, message",
+    [
+        ([[0.0]], torch.tensor([0]), TypeError, "x: expected a tensor of torch.float32, as the weights are, got list"),
+        (torch.zeros(2, 3, 8, 8).double(), torch.tensor([0]), TypeError, "x: .* got torch.float64"),
+        (torch.zeros(2, 3, 8, 8), 0, ValueError, r"t: expected a tensor of shape \(1,\) or \(2,\), got int"),
+        (torch.zeros(2, 3, 8, 8), torch.tensor(0), ValueError, r"t: expected a tensor .* got shape \(\)"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3), ValueError, r"t: expected a tensor .* got shape \(3,\)"),
+    ],
+)
+def test_bad_types_and_times(x, t, error, message):
+    with pytest.raises(error, match=message):
+        UNet(3, base_channels=8, multipliers=(1, 1), groups=4)(x, t)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(multipliers=()), "multipliers: expected one for each level, at least one, got none"),
+        (dict(multipliers=(1, 0)), r"multipliers\[1\]: expected a positive integer, got 0"),
+        (dict(base_channels=0), "base_channels: expected a positive integer, got 0"),
+        (dict(in_channels=2.0), "in_channels: expected a positive integer, got 2.0"),
+        (dict(blocks=0), "blocks: expected a positive integer, got 0"),
+        (dict(groups=0), "groups: expected a positive integer, got 0"),
+    ],
+)
+def test_numbers_that_are_too_small(change, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**dict(in_channels=3) | change)
+
+
 def test_bad_widths():
     with pytest.raises(ValueError, match="groups"):
         UNet(3, base_channels=30)
