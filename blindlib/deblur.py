@@ -72,10 +72,9 @@ class Deblurred:
     kernel : Tensor, shape (1, 1, K, K)
         What blurred it, centred; or the PSFs that were given.
     images : Tensor, shape (n, 3, H, W)
-        One restoration for each posterior sample of the kernel, the one whose kernel explains the measurement best
-        first.
+        The best estimate under each kernel of ``kernels``, that whose kernel explains the measurement best first.
     kernels : Tensor, shape (n, 1, K, K)
-        Those samples of the kernel; or the PSFs that were given.
+        What runs from other noise and other guesses found, as many as ``samples``; or the PSFs that were given.
     blurred : Tensor, shape (1, 3, H, W)
         What came in, at the size that was worked at.
     figures : dict

@@ -517,7 +517,7 @@ def sample(
         The noise is a function of it and the index of the posterior sample; one for all measurements or one for each.
         An item comes out the same alone or in a batch.
     guidance : callable, optional
-        What one step does; default ``DPS()``.
+        What one step does; default: ``DPS()``, :meth:`~DPS.respaced` for so many steps and pixels.
     samples : int
         Independent posterior samples of each measurement.
     start : mapping of name to Tensor, optional
@@ -548,14 +548,15 @@ def sample(
     >>> priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}     # doctest: +SKIP
     >>> sample(y, Blur(), priors, steps=1000).kernel                                # doctest: +SKIP
     """
-    guidance = DPS() if guidance is None else guidance
-    if not callable(guidance) or isinstance(guidance, type):
+    if guidance is not None and (not callable(guidance) or isinstance(guidance, type)):
         raise TypeError(f"guidance: expected one such as DPS(), got {guidance!r}")
     shapes, schedule = _check(y, operator, priors, samples)
     if (start is None) != (start_time is None):
         raise ValueError("start, start_time: expected both or neither")
     times = _times(steps, start_time, schedule)
     steps = len(times)
+    if guidance is None:
+        guidance = DPS().respaced(steps, math.sqrt(y.shape[-2] * y.shape[-1]))
     if not is_integer(history) or not 0 <= history <= steps:
         raise ValueError(f"history: expected an integer, 0 <= history <= steps = {steps}, got {history!r}")
     draws = _Noise(seed, len(y), samples, y.device)

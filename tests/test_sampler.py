@@ -1,3 +1,4 @@
+import gc
 import math
 from functools import partial
 
@@ -379,6 +380,17 @@ def test_history_is_thinned_and_calls_back(small_priors, y):
     assert run.history["t"].tolist() == sorted(run.history["t"].tolist(), reverse=True) and run.history["t"][-1] == 0
     assert [i for i, _ in seen] == list(range(20)) and seen[0][1] == {"image", "kernel"}
     assert sample(y[:1], Blur(), small_priors, steps=5).history == {}
+
+
+def test_memory_does_not_grow_with_steps(small_priors, y):
+    held = []
+
+    def count(i, now):
+        if i in (4, 9, 29):
+            held.append(sum(v.numel() for v in gc.get_objects() if isinstance(v, torch.Tensor)))
+
+    sample(y[:1], Blur(), small_priors, steps=30, callback=count)
+    assert held[0] > 0 and held[1] == held[0] and held[2] == held[0]
 
 
 def test_kernels_come_out_physical(small_priors, y):
