@@ -501,8 +501,8 @@ _ = display.save_figure(figure, "06_matching_restored.png")
 # to 0.998, 0.989 on average, and are 0.1 to 0.5 dB below the true kernel, but five times 0.8 to 1.5. There as here the
 # mismatch of the kernel found is below that of the truth. So more steps would not help: a hundred clean scenes differ
 # from others by chance, and a kernel that makes up for that explains the pictures better than the true one. More
-# scenes, or larger ones, would bring it nearer (28x28 pixels of 256x256: 0.998 and 0.996). The image prior, with twice
-# the patches and more, brings most kernels nearer, the bad ones most: MNC 0.974 to 0.999, 0.993 on average, and 0.37 dB
+# scenes, or larger ones, would bring it nearer (28x28 pixels of 256x256: 0.998 and 0.996). The image prior, with three
+# times the patches, brings most kernels nearer, the bad ones most: MNC 0.974 to 0.999, 0.993 on average, and 0.37 dB
 # below the true kernel in place of 0.54, but four times still 0.6 to 0.9. (Two of the seventeen seeds, 121 and 123, are
 # those on which it was developed.)
 #
