@@ -248,7 +248,8 @@ def deblur(
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
-        sharp = (mnc(kernels, no_blur(1, window).to(kernels)) >= SHARP).tolist()
+        # A shift by part of a pixel is no blur either: it looks like two pixels or four.
+        sharp = (mnc(kernels, no_blur(1, window).to(kernels), 4) >= SHARP).tolist()
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")

@@ -550,6 +550,16 @@ def test_a_photo_that_is_not_blurred_comes_back_as_it_is(response, one_guess, mo
     assert "not blurred" in capsys.readouterr().out
 
 
+def test_a_shift_by_part_of_a_pixel_is_no_blur(monkeypatch):
+    two = torch.zeros(1, 1, 32, 32)
+    two[..., 16, 16:18] = 0.5
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "find_kernels", lambda *_, **__: (two, torch.tensor([0.02])))
+    photo = dead_leaves(1, 65, seed=3)
+    assert torch.equal(deblur(photo).image, photo)
+    two[..., 16, 15:18] = 1 / 3  # no longer a shift
+    assert not torch.equal(deblur(photo).image, photo)
+
+
 # ----------------------------------------------------------------------------------------------- the command line
 
 
