@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from blindlib.checks import check_counts, check_kernel, check_noise
 from blindlib.jobs import Team
+from blindlib.metrics import mean_mnc
 from blindlib.moments import (
     HALVES,
     FieldMoments,
@@ -35,7 +36,6 @@ from blindlib.moments import (
     checked_images,
     checked_operator,
     checked_sets,
-    mean_mnc,
     off_centre,
     one_size,
     random_corner,

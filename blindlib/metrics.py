@@ -102,6 +102,11 @@ def mnc(kernel: Tensor, ref: Tensor, subpixel: int = 1) -> Tensor:
     return (peak / norms.clamp(min=1e-30)).float()
 
 
+def mean_mnc(kernels: Tensor, truth: Tensor) -> float:
+    """The mean over kernels, or PSFs, (..., 1, K, K) of their MNC with the true ones."""
+    return float(mnc(*(k.cpu().flatten(0, -4) for k in (kernels, truth))).mean())
+
+
 def ranks(samples: Tensor, truth: Tensor) -> Tensor:
     """How often the truth is above none, one, ..., all of n posterior samples.
 

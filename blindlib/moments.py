@@ -24,7 +24,7 @@ from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
 from blindlib.em import Threshold, centred, fit_kernel
 from blindlib.jobs import Team
-from blindlib.metrics import mnc, recentred
+from blindlib.metrics import mean_mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf
 from blindlib.priors import Prior, pick_device
 from blindlib.runs import Draws, Run, fingerprint
@@ -512,11 +512,6 @@ def standard(y: Tensor) -> Tensor:
 def simplex(theta: Tensor) -> Tensor:
     """Free parameters (..., K, L) to kernels ``|theta| / sum |theta|``: non-negative, of sum one."""
     return theta.abs() / theta.abs().sum((-2, -1), keepdim=True)
-
-
-def mean_mnc(kernels: Tensor, truth: Tensor) -> float:
-    """The mean over kernels, or PSFs, (..., 1, K, K) of their MNC with the true ones."""
-    return float(mnc(*(k.cpu().flatten(0, -4) for k in (kernels, truth))).mean())
 
 
 def off_centre(kernel: Tensor) -> Tensor:
