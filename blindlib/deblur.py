@@ -26,6 +26,7 @@ from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, seen
 from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
+from blindlib.simulate import gaussian_kernels
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -38,8 +39,10 @@ ROUNDS = 12
 ROUND_STEPS = 6
 # Likeness at which two kernels are one, and but one of them goes on.
 SAME = 0.97
-# Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail.
+# Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only make up detail. Both
+# are looked at through a lens and pixels, which blur every photograph about so much (standard deviation, in pixels).
 SHARP = 0.9
+OPTICS = 0.6
 # Error over the spread of posterior samples (`expected_error`), the kernel known or found: of the benchmark's images of
 # seed 2030, circular, noise_std 0.02. `tests/calibration.py` measures on other seeds how well they hold.
 KNOWN, FOUND = 1.5, 2.5
@@ -135,8 +138,8 @@ def deblur(
     """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
 
     The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored, by
-    :func:`restore`. If the kernel found is next to a single bright pixel, the picture was not blurred, and
-    comes back as it is.
+    :func:`restore`. A kernel no wider than what any lens and pixels do to a picture (two or three pixels) is no blur:
+    the picture comes back as it is, with a kernel of one bright pixel.
 
     Parameters
     ----------
@@ -248,10 +251,12 @@ def deblur(
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
-        # A shift by part of a pixel is no blur either: it looks like two pixels or four.
-        sharp = (mnc(kernels, no_blur(1, window).to(kernels), 4) >= SHARP).tolist()
+        optics = gaussian_kernels(1, 9, std=(OPTICS, OPTICS)).to(kernels)
+        # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
+        sharp = mnc(F.conv2d(kernels, optics, padding=4), optics, 4) >= SHARP
+        kernels = torch.where(sharp[:, None, None, None], no_blur(1, window).to(kernels), kernels)
     else:
-        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
+        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), torch.zeros(len(kernel), dtype=torch.bool)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
     images = [
         y if as_it_is else restore(y, k[None], priors["image"], blur, std, progress=progress)

@@ -550,14 +550,24 @@ def test_a_photo_that_is_not_blurred_comes_back_as_it_is(response, one_guess, mo
     assert "not blurred" in capsys.readouterr().out
 
 
-def test_a_shift_by_part_of_a_pixel_is_no_blur(monkeypatch):
-    two = torch.zeros(1, 1, 32, 32)
-    two[..., 16, 16:18] = 0.5
-    monkeypatch.setattr(sys.modules["blindlib.deblur"], "find_kernels", lambda *_, **__: (two, torch.tensor([0.02])))
+@pytest.mark.parametrize("std", [0.3, 0.6, 0.8, "shift", "line"])
+def test_what_any_lens_and_pixels_blur_is_no_blur(std, monkeypatch):
+    """Nor is a shift by part of a pixel; Gaussians of .8 pixels are, and three pixels in line."""
+    found = torch.zeros(1, 1, 32, 32)
+    if std == "shift":
+        found[..., 16, 16:18] = 0.5
+    elif std == "line":
+        found[..., 16, 15:18] = 1 / 3
+    else:
+        found = gaussian_kernels(1, 32, std=(std, std))
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "find_kernels", lambda *_, **__: (found, torch.tensor([0.02])))
     photo = dead_leaves(1, 65, seed=3)
-    assert torch.equal(deblur(photo).image, photo)
-    two[..., 16, 15:18] = 1 / 3  # no longer a shift
-    assert not torch.equal(deblur(photo).image, photo)
+    out = deblur(photo)
+    if std in (0.8, "line"):
+        assert torch.equal(out.kernel, found) and not torch.equal(out.image, photo)
+    else:
+        assert torch.equal(out.kernel, no_blur(1, 32)) and torch.equal(out.image, photo)
+        assert out.figures["residual"] < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------- the command line
