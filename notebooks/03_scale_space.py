@@ -678,6 +678,14 @@ _ = display.save_figure(figure, "03_scale_space_compared.png")
 #   see how the stray pixels of the pyramid's kernel are gone. `deblur` begins so, too. The true kernel would give 28
 #   dB.
 #
+# ## Play with it
+#
+# The run with lead, from noise to the end; move the slider and watch which of the two takes shape first.
+
+# %%
+display.scrubber(runs["with lead"].history)
+
+# %% [markdown]
 # ## Where it fails
 #
 # The order of scales is no promise of a right answer: what is decided at a coarse scale is hardly taken back at a finer
@@ -707,13 +715,6 @@ _ = display.save_figure(figure, "03_scale_space_failures.png")
 # first scales for a large one, and a kernel that is too large must be paid for with an image that is too sharp: stripes
 # everywhere, and worse than doing nothing. Nothing in the later scales took that back. As in notebook 02: look at the
 # picture, draw several samples, distrust a fur of stripes.
-#
-# ## Play with it
-#
-# The run with lead, from noise to the end; move the slider and watch which of the two takes shape first.
-
-# %%
-display.scrubber(runs["with lead"].history)
 
 # %%
 short = {

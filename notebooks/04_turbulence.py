@@ -645,6 +645,31 @@ for how, what in tries.items():
     report(how)
 
 # %% [markdown]
+# ## Play with it
+#
+# The physics again: Kolmogorov's tilts for air of some $D / r_0$ (two pixels to $\lambda / D$), and a Gaussian blur,
+# against what can be made of eight frames, computed beforehand: the frames registered, and restored with the kernel
+# known. Where does the mean frame become worse than a single one? Which is harder to look through, blur or tilt?
+
+# %%
+panel, cat = {}, photos["cat"].to(device)
+eight, blur = Turbulence("circular", frames=8), Blur("circular")
+for d_r0 in sizes["panel"]:
+    for width in sizes["widths"]:
+        kernel = gaussian_kernels(1, window, std=(width, width)).to(device)
+        field = kolmogorov_tilts(8, side, d_r0=(d_r0, d_r0), seed=seed)[None].to(device)
+        video = eight(cat, kernel, field)
+        fresh = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        video = video + noise_std * fresh
+        still, _ = register(video, eight)
+        views = {"one frame": video[:, 0], "mean of 8": video.mean(1), "registered": still,
+                 "restored": restore_known(still, kernel, priors["image"], blur, noise_std)}  # fmt: skip
+        panel[d_r0, width] = {
+            f"{name}, {psnr(x, cat, max_shift=3, subpixel=4).item():.1f} dB": x[0] for name, x in views.items()
+        } | {"truth": cat[0]}
+display.chooser(panel, ["D / r0", "blur"])
+
+# %% [markdown]
 # ## Where it fails, and why
 #
 # **In the single frame, both fail.** What is found is worse than the measurement, and the tilt worse than none. To
@@ -761,30 +786,6 @@ _ = display.save_figure(figure, "04_turbulence_judge.png")
 # none; with the image known, 0.4 of that error is left. So one frame is an open problem here.
 #
 # **With frames the judge is another one.** They agree in the scene and in nothing else, which needs no alphabet.
-#
-# ## Play with it
-#
-# The physics again: Kolmogorov's tilts for air of some $D / r_0$ (two pixels to $\lambda / D$), and a Gaussian blur,
-# against what can be made of eight frames, computed beforehand: the frames registered, and restored with the kernel
-# known. Where does the mean frame become worse than a single one? Which is harder to look through, blur or tilt?
-
-# %%
-panel, cat = {}, photos["cat"].to(device)
-eight, blur = Turbulence("circular", frames=8), Blur("circular")
-for d_r0 in sizes["panel"]:
-    for width in sizes["widths"]:
-        kernel = gaussian_kernels(1, window, std=(width, width)).to(device)
-        field = kolmogorov_tilts(8, side, d_r0=(d_r0, d_r0), seed=seed)[None].to(device)
-        video = eight(cat, kernel, field)
-        fresh = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        video = video + noise_std * fresh
-        still, _ = register(video, eight)
-        views = {"one frame": video[:, 0], "mean of 8": video.mean(1), "registered": still,
-                 "restored": restore_known(still, kernel, priors["image"], blur, noise_std)}  # fmt: skip
-        panel[d_r0, width] = {
-            f"{name}, {psnr(x, cat, max_shift=3, subpixel=4).item():.1f} dB": x[0] for name, x in views.items()
-        } | {"truth": cat[0]}
-display.chooser(panel, ["D / r0", "blur"])
 
 # %%
 _ = display.record(
