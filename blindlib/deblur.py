@@ -656,14 +656,14 @@ def evidence_of_blur(
         they are right mostly more than .6. Of large kernels it tells little.
     """
 
-    def steps(image: Tensor) -> Tensor:
-        return torch.cat([image.diff(dim=2).flatten(), image.diff(dim=3).flatten()])
+    def slopes(image: Tensor) -> Tensor:
+        return torch.cat([image.diff(dim=2).flatten(), image.diff(dim=3).flatten()]).abs() + 1e-4
 
-    undone, as_is = (steps(restore(y, k, prior, blur, noise_std)) for k in (kernel, no_blur(1, 1).to(kernel)))
-    growth = undone.abs().pow(0.8).mean().log() / 0.8 - as_is.abs().pow(0.8).mean().log() / 0.8
+    undone, as_is = (slopes(restore(y, k, prior, blur, noise_std)) for k in (kernel, no_blur(1, 1).to(kernel)))
+    growth = (undone.pow(0.8).mean() / as_is.pow(0.8).mean()).log() / 0.8
     size = y.shape[-2:]
     down, right = (2 * torch.pi * torch.fft.fftfreq(n).to(y) for n in size)
-    rise = 4 - 2 * down.cos()[:, None] - 2 * right.cos()  # of the power of steps down and to the right
+    rise = 4 - 2 * down.cos()[:, None] - 2 * right.cos()  # of the power of slopes down and to the right
     square = (down.square()[:, None] + right.square()).clamp(min=1e-3)
     relative = noise_std**2 * square / (2 * undone.square().mean() / (rise / square).mean())
     response = torch.fft.fft2(kernel[0, 0], s=size).abs().square()

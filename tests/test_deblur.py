@@ -578,6 +578,7 @@ def test_evidence_of_a_small_blur_is_large_where_it_is_there_and_small_where_not
         )
         assert min(there) > max(not_there)
     assert evidence_of_blur(scenes[:1], no_blur(1, 9), prior, blur, 0.01) == pytest.approx(0, abs=1e-4)
+    assert evidence_of_blur(torch.zeros(1, 3, 64, 64), kernel, prior, blur, 0.01) < 0.1  # nothing to tell it from
 
 
 # ----------------------------------------------------------------------------------------------- the command line
