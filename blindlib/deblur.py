@@ -39,7 +39,7 @@ ROUND_STEPS = 6
 # Likeness at which two kernels are one, and but one of them goes on.
 SAME = 0.97
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail. From
-# the second on it is doubtful, and the kernel has to have this much evidence (`evidence_of_blur`).
+# the second on it is doubtful, and the best kernel has to have this much evidence (`evidence_of_blur`).
 SHARP, DOUBTFUL = 0.9, 0.7
 ENOUGH = 0.6
 # Error over the spread of posterior samples (`expected_error`), the kernel known or found: of the benchmark's images of
@@ -251,11 +251,10 @@ def deblur(
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
         # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
-        likeness = mnc(kernels, no_blur(1, window).to(kernels), 4).tolist()
-        sharp = [
-            like >= SHARP or (like >= DOUBTFUL and evidence_of_blur(part, k[None], priors["image"], blur, std) < ENOUGH)
-            for like, k, std in zip(likeness, kernels, stds, strict=True)
-        ]
+        likeness = mnc(kernels, no_blur(1, window).to(kernels), 4)
+        sharp = (likeness >= SHARP).tolist()
+        if DOUBTFUL <= float(likeness[0]) < SHARP:
+            sharp[0] = evidence_of_blur(part, kernels[:1], priors["image"], blur, stds[0]) < ENOUGH
         kernels = torch.cat([no_blur(1, window).to(k) if s else k[None] for s, k in zip(sharp, kernels, strict=True)])
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
