@@ -26,6 +26,7 @@ from blindlib.metrics import mnc
 from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, seen
 from blindlib.priors import DiffusionPrior, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
+from blindlib.simulate import gaussian_kernels
 
 # Strength and ridge of the guesses that EM starts from; no one setting suits all pictures. It also starts from no blur,
 # which explains any photograph, as that of something blurred: to count, that run has to leave this much less.
@@ -38,10 +39,10 @@ ROUNDS = 12
 ROUND_STEPS = 6
 # Likeness at which two kernels are one, and but one of them goes on.
 SAME = 0.97
-# Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only take away detail. From
-# the second on it is doubtful, and the best kernel has to have this much evidence (`evidence_of_blur`).
-SHARP, DOUBTFUL = 0.9, 0.7
-ENOUGH = 0.6
+# Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only make up detail. Both
+# are looked at through a lens and pixels, which blur every photograph about so much (standard deviation, in pixels).
+SHARP = 0.9
+OPTICS = 0.6
 # Error over the spread of posterior samples (`expected_error`), the kernel known or found: of the benchmark's images of
 # seed 2030, circular, noise_std 0.02. `tests/calibration.py` measures on other seeds how well they hold.
 KNOWN, FOUND = 1.5, 2.5
@@ -137,8 +138,8 @@ def deblur(
     """Sharpen a photograph that a motion, a shake or defocus has blurred, alike all over the picture.
 
     The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored, by
-    :func:`restore`. If the kernel found is next to a single bright pixel, or not far from it and
-    :func:`evidence_of_blur` is small, the picture was not blurred: it comes back as it is, with a kernel of one pixel.
+    :func:`restore`. A kernel no wider than what any lens and pixels do to a picture (two or three pixels) is no blur:
+    the picture comes back as it is, with a kernel of one bright pixel.
 
     Parameters
     ----------
@@ -250,14 +251,12 @@ def deblur(
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
+        optics = gaussian_kernels(1, 9, std=(OPTICS, OPTICS)).to(kernels)
         # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
-        likeness = mnc(kernels, no_blur(1, window).to(kernels), 4)
-        sharp = (likeness >= SHARP).tolist()
-        if DOUBTFUL <= float(likeness[0]) < SHARP:
-            sharp[0] = evidence_of_blur(part, kernels[:1], priors["image"], blur, stds[0]) < ENOUGH
-        kernels = torch.cat([no_blur(1, window).to(k) if s else k[None] for s, k in zip(sharp, kernels, strict=True)])
+        sharp = mnc(F.conv2d(kernels, optics, padding=4), optics, 4) >= SHARP
+        kernels = torch.where(sharp[:, None, None, None], no_blur(1, window).to(kernels), kernels)
     else:
-        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
+        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), torch.zeros(len(kernel), dtype=torch.bool)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
     images = [
         y if as_it_is else restore(y, k[None], priors["image"], blur, std, progress=progress)
@@ -626,47 +625,6 @@ def unexplained(
             if level >= 0.99:
                 raise
             level *= 2
-
-
-def evidence_of_blur(
-    y: Tensor, kernel: Tensor, prior: DiffusionPrior, blur: Blur | LinearLight, noise_std: float
-) -> float:
-    """How much better ``kernel`` explains ``y`` than no blur does: the logarithm of the ratio of evidences, per pixel.
-
-    Undoing a blur that is there makes edges steeper and little else, however much it amplifies; undoing one that is not
-    makes the more of everything the more it amplifies. So the growth of gradients (a hyper-Laplacian prior, of
-    exponent .8 and the scale that suits the picture) is held against what the inverse filter amplifies where the
-    picture, of a spectrum that falls as one over frequency, is above the noise: Laplace's approximation.
-
-    Parameters
-    ----------
-    y : Tensor, shape (1, 3, H, W)
-    kernel : Tensor, shape (1, 1, K, K)
-    prior : DiffusionPrior
-        Of images.
-    blur : Blur or LinearLight of one
-    noise_std : float
-        What is noise to the restoration, including what comes of an inexact kernel.
-
-    Returns
-    -------
-    float
-        Negative if the kernel explains it worse. Biased upwards: on sharp pictures small kernels have up to .5, where
-        they are right mostly more than .6. Of large kernels it tells little.
-    """
-
-    def slopes(image: Tensor) -> Tensor:
-        return torch.cat([image.diff(dim=2).flatten(), image.diff(dim=3).flatten()]).abs() + 1e-4
-
-    undone, as_is = (slopes(restore(y, k, prior, blur, noise_std)) for k in (kernel, no_blur(1, 1).to(kernel)))
-    growth = (undone.pow(0.8).mean() / as_is.pow(0.8).mean()).log() / 0.8
-    size = y.shape[-2:]
-    down, right = (2 * torch.pi * torch.fft.fftfreq(n).to(y) for n in size)
-    rise = 4 - 2 * down.cos()[:, None] - 2 * right.cos()  # of the power of slopes down and to the right
-    square = (down.square()[:, None] + right.square()).clamp(min=1e-3)
-    relative = noise_std**2 * square / (2 * undone.square().mean() / (rise / square).mean())
-    response = torch.fft.fft2(kernel[0, 0], s=size).abs().square()
-    return float(((1 + relative) / (response + relative)).log().mean() / 2 - growth)
 
 
 def estimate_noise(y: Tensor) -> float:
