@@ -253,10 +253,10 @@ def deblur(
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
         optics = gaussian_kernels(1, 9, std=(OPTICS, OPTICS)).to(kernels)
         # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
-        sharp = mnc(F.conv2d(kernels, optics, padding=4), optics, 4) >= SHARP
-        kernels = torch.where(sharp[:, None, None, None], no_blur(1, window).to(kernels), kernels)
+        sharp = (mnc(Blur("zero")(kernels, optics), optics, 4) >= SHARP).tolist()
+        kernels[sharp] = no_blur(1, window).to(kernels)
     else:
-        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), torch.zeros(len(kernel), dtype=torch.bool)
+        kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
     images = [
         y if as_it_is else restore(y, k[None], priors["image"], blur, std, progress=progress)
