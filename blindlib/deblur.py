@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_e
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
-from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, seen
-from blindlib.priors import DiffusionPrior, load_prior, pick_device
+from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, otf, seen
+from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 from blindlib.simulate import gaussian_kernels
 
@@ -37,6 +38,13 @@ EM_STEPS = 30
 START_TIME = 150
 ROUNDS = 12
 ROUND_STEPS = 6
+# At the end the best kernel descends the error of prediction, so many steps for each round of EM. Restorations see at
+# least this much noise; steps start at this rate; the network is differentiated at the last so many of their levels.
+REFINE_STEPS = 3
+PREDICT_FROM = 0.03
+RATE = 0.1
+LEVELS = torch.logspace(math.log10(98 / 255), math.log10(0.04), 8).tolist()
+FOLLOWED = 3
 # Likeness at which two kernels are one, and but one of them goes on.
 SAME = 0.97
 # Likeness of a kernel to one bright pixel at which nothing is to be undone: restoring would only make up detail. Both
@@ -535,7 +543,8 @@ def find_kernels(
     :func:`~blindlib.em.fast_em` comes to nearly the same kernel. From there :func:`~blindlib.em.diffusion_em` goes on:
     a little noise on the image, a short run back, an M-step with the diffusion prior of kernels, which finds the faint
     strokes that are missing, again and again. Kernels that have become one by then go on as one, the others each as
-    long again, and :func:`unexplained` tells which is right.
+    long again, and :func:`unexplained` tells which is right. The M-step takes images as given, and so leaves kernels
+    that are a little too wide: :func:`refine_kernels` makes the best ones exact.
 
     Parameters
     ----------
@@ -545,7 +554,7 @@ def find_kernels(
     blur : Blur or LinearLight of one
     noise_std : float
     rounds : int
-        How often; for each guess, and as often again.
+        How often; for each guess, and as often again. Then ``REFINE_STEPS`` times as many steps of refinement.
     starts : int
         How many kernels are sought; when more than are left, the best go on several times, with other noise.
     seed : int
@@ -584,11 +593,117 @@ def find_kernels(
             apart.append(i)
     kept = apart + [order[i % len(order)] for i in range(starts - len(apart))]
 
-    many, seeds = y.expand(len(kept), -1, -1, -1), seeds[2 : 2 + len(kept)]
-    run = go_on(many, priors["image"], kernel0=run.kernel[kept], image0=run.image[kept], seed=seeds)
-    rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
-    best = (handicap[kept] * rest).argsort()[:starts]
-    return run.kernel[best], rest[best]
+    many = y.expand(len(kept), -1, -1, -1)
+    run = go_on(many, priors["image"], kernel0=run.kernel[kept], image0=run.image[kept], seed=seeds[2 : 2 + len(kept)])
+    rest, handicap = unexplained(y, run.kernel, priors["image"], blur, noise_std), handicap[kept]
+    best = (handicap * rest).argsort()[:starts]
+    kernels, rest, handicap = run.kernel[best], rest[best], handicap[best]
+    refined = refine_kernels(
+        linear_values(blur, y), kernels, priors, blur_of(blur.boundary, "linear"), noise_std,
+        steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress,
+    )  # fmt: skip
+    after = unexplained(y, refined, priors["image"], blur, noise_std)
+    kernels = torch.where((after <= rest)[:, None, None, None], refined, kernels)
+    rest = torch.minimum(after, rest)
+    order = (handicap * rest).argsort()
+    return kernels[order], rest[order]
+
+
+def refine_kernels(
+    y: Tensor,
+    kernels: Tensor,
+    priors: Mapping[str, DiffusionPrior],
+    blur: Blur,
+    noise_std: float,
+    *,
+    steps: int = REFINE_STEPS * ROUNDS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Kernels under which a restoration predicts best what it has not seen, from those nearby.
+
+    Noise ``e``, added in one share and taken away in another, makes two measurements of one whose noise is independent
+    (recorrupted to recorrupted, CVPR 2021; arXiv 2111.09447). DPIR restores the first, and what comes out, blurred
+    again, has to be the second: noise is no help in that, and a wrong kernel leaves a picture that is wrong. This error
+    is descended, with new noise at each step, by Adam on the kernel's logarithm. Unlike an M-step it feels how the
+    restoration itself depends on the kernel, through its data steps and networks. Beside it counts the diffusion prior
+    of kernels, by its score at a random noise level.
+
+    It sharpens kernels that are nearly right. From one that is wrong it may go astray: no blur predicts well, too.
+
+    Parameters
+    ----------
+    y : Tensor, shape (1, 3, H, W)
+        Of a size at which the image prior can hold the scene behind it.
+    kernels : Tensor, shape (n, 1, K, K)
+    priors : mapping with "image" and "kernel"
+    blur : Blur
+        Circular or valid. Of a camera's light ``y`` has to be the light.
+    noise_std : float
+        Of ``y``, positive.
+    steps : int
+        Each costs about 14 evaluations of the image's network.
+    seed : int
+    progress : bool
+
+    Returns
+    -------
+    Tensor, shape (n, 1, K, K)
+    """
+    g = torch.Generator().manual_seed(seed)
+    level = max(2**0.5 * noise_std, PREDICT_FROM)
+    added = (level**2 - noise_std**2) ** 0.5
+    # Near the edges a wide kernel depends on what was not seen, so that narrow ones would predict them better.
+    margin = 0 if blur.boundary == "circular" else min(kernels.shape[-1] // 2, min(y.shape[-2:]) // 4)
+    inner = (..., slice(margin, y.shape[-2] - margin), slice(margin, y.shape[-1] - margin))
+    log = (kernels + 1e-5).log().requires_grad_()
+    adam = torch.optim.Adam([log], betas=(0.9, 0.99))
+    for i in bar(range(steps), "refining", progress):
+        adam.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - i / steps))
+        e = torch.randn(y.shape, generator=g).to(y)
+        kernel = log.flatten(1).softmax(1).view_as(log)
+        wrong = predicted(y + added * e, kernel, priors["image"], blur, level) - (y - noise_std**2 / added * e)
+        pull = _away_from_prior(kernel.detach(), priors["kernel"], g)
+        adam.zero_grad()
+        (wrong[inner].square().sum() / (2 * level**2) + (pull * kernel).sum()).backward()
+        adam.step()
+    return log.detach().flatten(1).softmax(1).view_as(log)
+
+
+def predicted(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur, noise_std: float) -> Tensor:
+    """``y`` restored with each kernel and blurred again, as :func:`~blindlib.dpir` does it; differentiable in them.
+
+    The gradient passes through the last levels only, which is half the cost and as good. It passes through the
+    solution of a data step implicitly, by one step of Newton whose value is nothing.
+    """
+    first = len(LEVELS) - FOLLOWED
+    with torch.no_grad():
+        many, known = y.expand(len(kernels), -1, -1, -1), partial(blur, kernel=kernels)
+        z = dpir(many, known, prior, noise_std, steps=first, last=LEVELS[first - 1] / noise_std)
+    for level in LEVELS[first:]:
+        t = prior.schedule.time(level)
+        weight = 0.23 * (noise_std / prior.schedule.sigma(t)) ** 2
+        with torch.no_grad():
+            x = blur.solve(y=many, kernel=kernels, image=z, weight=weight)
+        if torch.is_grad_enabled():
+            at = x.clone().requires_grad_()
+            distance = (many - blur(at, kernels)).square().sum() + weight * (at - z).square().sum()
+            slope = torch.fft.rfft2(torch.autograd.grad(distance / 2, at, create_graph=True)[0])
+            curvature = otf(kernels.detach(), tuple(x.shape[-2:])).abs() ** 2 + weight
+            x = x - torch.fft.irfft2((slope - slope.detach()) / curvature, s=x.shape[-2:])
+        z = prior.denoise(math.sqrt(prior.schedule.alpha_bar(t)) * x, t)
+    return blur(z, kernels)
+
+
+@torch.no_grad()
+def _away_from_prior(kernel: Tensor, prior: DiffusionPrior, g: torch.Generator) -> Tensor:
+    """Gradient of the negative logarithm of the prior's density, smoothed by noise of a random level, by Tweedie."""
+    half = kernel.amax((-2, -1), keepdim=True) / 2
+    level = 0.1 * 5 ** float(torch.rand((), generator=g))
+    t = prior.schedule.time(level)
+    latent = kernel_to_latent(kernel)
+    noisy = latent + level * torch.randn(kernel.shape, generator=g).to(kernel)
+    return (latent - prior.denoise(math.sqrt(prior.schedule.alpha_bar(t)) * noisy, t)) / (level**2 * half)
 
 
 def unexplained(

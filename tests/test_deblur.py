@@ -24,6 +24,7 @@ from blindlib import (
     dead_leaves,
     deblur,
     deblur_folder,
+    dpir,
     fast_em,
     gaussian_kernels,
     load_prior,
@@ -36,13 +37,17 @@ from blindlib import (
 from blindlib.__main__ import main
 from blindlib.baselines import no_blur
 from blindlib.deblur import (
+    FOLLOWED,
     HANDICAP,
     KNOWN,
+    LEVELS,
     _residual,
     estimate_noise,
     expected_error,
     find_kernels,
+    predicted,
     read_image,
+    refine_kernels,
     resize,
     restore,
     unexplained,
@@ -399,6 +404,46 @@ def test_the_right_kernel_explains_best(blurred):
     assert rest[:4].min() > 1.1 * rest[4]
 
 
+def test_the_gradient_through_a_data_step_is_that_of_its_solution(blurred, monkeypatch):
+    """Where the boundary is circular, the solution is closed and autograd knows it."""
+    _, k, y = blurred
+    y, prior, blur = y[..., :64, :64], load_prior("image"), Blur("circular")
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradient(predict):
+        kernel = k.clone().requires_grad_()
+        return torch.autograd.grad((weights * predict(kernel)).sum(), kernel)[0]
+
+    def plainly(kernel):
+        first = len(LEVELS) - FOLLOWED
+        z = dpir(y, partial(blur, kernel=k), prior, 0.03, steps=first, last=LEVELS[first - 1] / 0.03)
+        for level in LEVELS[first:]:
+            t = prior.schedule.time(level)
+            x = blur.solve(y, kernel, z, 0.23 * (0.03 / prior.schedule.sigma(t)) ** 2)
+            z = prior.denoise(prior.schedule.alpha_bar(t) ** 0.5 * x, t)
+        return blur(z, kernel)
+
+    expected = gradient(plainly)
+    found = gradient(lambda kernel: predicted(y, kernel, prior, blur, 0.03))
+    torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "valid"])
+def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
+    scene, k, y = blurred
+    if boundary == "circular":
+        x = scene[..., :64, :64]
+        y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    else:
+        y = y[..., :65, :65]
+    priors = {name: load_prior(name) for name in ("image", "kernel")}
+    wide = Blur("zero")(k, gaussian_kernels(1, 9, std=(1.0, 1.0)))
+    found = refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12)
+    assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
+    assert mnc(found, k) > mnc(wide, k) + 0.03
+    torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12))
+
+
 def test_of_several_starts_those_that_explain_best_are_kept(blurred, monkeypatch):
     _, _, y = blurred
     y = y[..., :64, :64]
@@ -421,13 +466,18 @@ def test_each_stage_has_noise_of_its_own(blurred, monkeypatch):
         used.extend(seed if isinstance(seed, list) else [seed])
         return SimpleNamespace(kernel=kernel0, image=y)
 
-    stand_ins = dict(fast_em=noted, diffusion_em=noted, unexplained=lambda y, kernels, *_: kernels.sum((1, 2, 3)))
+    def refined(y, kernels, *_, seed, **options):
+        used.append(seed)
+        return kernels
+
+    stand_ins = dict(fast_em=noted, diffusion_em=noted, refine_kernels=refined)
+    stand_ins |= dict(unexplained=lambda y, kernels, *_: kernels.sum((1, 2, 3)))
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(sys.modules["blindlib.deblur"], name, stand_in)
     priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}
     for seed in (0, 1):
         find_kernels(blurred[2][..., :64, :64], priors, Blur(), 0.02, starts=2, seed=seed)
-    assert len(set(used)) == len(used) >= 8
+    assert len(set(used)) == len(used) >= 10
 
 
 def test_the_kernel_is_found_from_what_the_sensor_saw(blurred, one_guess):
