@@ -79,12 +79,13 @@ print(f"{blurred.shape[1]} colours")
 # One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
 # by diffusion (*Fast Diffusion EM*). With each it goes on: a little noise on the picture, a short diffusion back under
 # the kernel it has, then the kernel that fits that picture best among those the kernel prior believes, and again. Those
-# that still differ go on as long once more, and the one that leaves least unexplained wins. Then it restores the whole
-# picture with the kernel that it found and the image prior as a denoiser (*plug and play*).
+# that still differ go on as long once more, and the one that leaves least unexplained wins. Last, it makes that kernel
+# exact, by descending what a restoration under it fails to predict (`blindlib.deblur.refine_kernels`), and restores the
+# whole picture with it and the image prior as a denoiser (*plug and play*).
 
 # %%
 if preset != "ci":
-    print("two to four minutes on two CPU cores, seconds on a GPU")
+    print("three to four minutes on two CPU cores, seconds on a GPU")
 guesses = truth is not None  # told below; on a large photograph it takes minutes
 # A camera blurs light, of which a file's values are sRGB's code; and so did we.
 result = deblur(blurred, rounds=rounds, starts=starts, response="srgb", error=guesses, seed=seed, device=device)
