@@ -259,9 +259,7 @@ def deblur(
         kernels, rest = find_kernels(part, priors, blur, noise_std, **options)
         # What no picture explains with a kernel that is not quite right is noise to the restoration.
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
-        optics = gaussian_kernels(1, 9, std=(OPTICS, OPTICS)).to(kernels)
-        # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
-        sharp = (mnc(Blur("zero")(kernels, optics), optics, 4) >= SHARP).tolist()
+        sharp = _do_not_blur(kernels).tolist()
         kernels[sharp] = no_blur(1, window).to(kernels)
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
@@ -283,6 +281,12 @@ def deblur(
     # Absolute, as the current folder may change.
     source = Path(photo).resolve() if isinstance(photo, str | os.PathLike) else None
     return Deblurred(images[:1].cpu(), kernels[:1].cpu(), images.cpu(), kernels.cpu(), y.cpu(), figures, wrong, source)
+
+
+def _do_not_blur(kernels: Tensor) -> Tensor:
+    optics = gaussian_kernels(1, 9, std=(OPTICS, OPTICS)).to(kernels)
+    # By quarters of a pixel: a shift by part of one, which looks like two pixels or four, is no blur either.
+    return mnc(Blur("zero")(kernels, optics), optics, 4) >= SHARP
 
 
 def _check_known(kernel: Tensor) -> None:
@@ -603,8 +607,9 @@ def find_kernels(
         steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress,
     )  # fmt: skip
     after = unexplained(y, refined, priors["image"], blur, noise_std)
-    kernels = torch.where((after <= rest)[:, None, None, None], refined, kernels)
-    rest = torch.minimum(after, rest)
+    # A kernel that a restoration predicts best without is none: wide ones explain a sharp picture as well.
+    better = (after <= rest) | _do_not_blur(refined)
+    kernels, rest = torch.where(better[:, None, None, None], refined, kernels), torch.where(better, after, rest)
     order = (handicap * rest).argsort()
     return kernels[order], rest[order]
 

@@ -444,9 +444,27 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
     torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12))
 
 
+@pytest.mark.parametrize(("std", "rest", "taken"), [(2.0, 0.03, False), (2.0, 0.01, True), (0.3, 0.03, True)])
+def test_a_refined_kernel_is_taken_where_it_explains_no_worse_or_is_no_blur(std, rest, taken, blurred, monkeypatch):
+    before, refined = (gaussian_kernels(1, 32, std=(s, s)) for s in (1.5, std))
+
+    def found(y, *_, **__):
+        return SimpleNamespace(kernel=before.repeat(len(y), 1, 1, 1), image=y)
+
+    stand_ins = dict(fast_em=found, diffusion_em=found, refine_kernels=lambda *_, **__: refined)
+    stand_ins |= dict(unexplained=lambda y, kernels, *_: y.new_tensor([rest if (kernels == refined).all() else 0.02]))
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(sys.modules["blindlib.deblur"], name, stand_in)
+    priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}
+    kernels, left = find_kernels(blurred[2][..., :64, :64], priors, Blur(), 0.02)
+    assert torch.equal(kernels, refined if taken else before)
+    assert left.item() == pytest.approx(rest if taken else 0.02)
+
+
 def test_of_several_starts_those_that_explain_best_are_kept(blurred, monkeypatch):
-    _, _, y = blurred
-    y = y[..., :64, :64]
+    scene, k, _ = blurred
+    x = scene[..., :64, :64]
+    y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 4)
     common = dict(rounds=2, boundary="circular", noise_std=0.02, progress=False)
     priors = {name: load_prior(name) for name in ("image", "kernel")}
