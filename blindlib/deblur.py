@@ -537,6 +537,7 @@ def find_kernels(
     *,
     rounds: int = ROUNDS,
     starts: int = 1,
+    refine: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -561,6 +562,8 @@ def find_kernels(
         How often; for each guess, and as often again. Then ``REFINE_STEPS`` times as many steps of refinement.
     starts : int
         How many kernels are sought; when more than are left, the best go on several times, with other noise.
+    refine : bool
+        Whether the best are refined, which asks more of ``y``: that all that is wrong with it is white noise.
     seed : int
     progress : bool
 
@@ -602,6 +605,8 @@ def find_kernels(
     rest, handicap = unexplained(y, run.kernel, priors["image"], blur, noise_std), handicap[kept]
     best = (handicap * rest).argsort()[:starts]
     kernels, rest, handicap = run.kernel[best], rest[best], handicap[best]
+    if not refine:
+        return kernels, rest
     refined = refine_kernels(
         linear_values(blur, y), kernels, priors, blur_of(blur.boundary, "linear"), noise_std,
         steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress,

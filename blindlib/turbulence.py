@@ -142,7 +142,8 @@ def mitigate(
 
     still, tilt = register(y, operator)
     left = estimate_noise(still)
-    kernel, rest = find_kernels(still, priors, blur, left, rounds=rounds, **common)
+    # What the registration got wrong is no white noise.
+    kernel, rest = find_kernels(still, priors, blur, left, rounds=rounds, refine=False, **common)
     # What is wrong with kernel and tilts is noise, and more than is seen, as the image could adapt to it.
     run = restored(still, partial(blur, kernel=kernel), max(left, 1.5 * float(rest)))
     for _ in range(TURNS):

@@ -589,7 +589,8 @@ for size, level in ((64, 5), (64, 10), (64, 20), (128, 5), (128, 10), (128, 20))
 #
 # The rows of `deblur` and of `l0_pyramid` at 128x128 are older than the others: they were measured when `dpir`, their
 # last step, still ended at the noise of the measurement, as published. Their kernels are the same. At 64x64 the
-# pictures of `deblur` gained 0.2, 0.4 and 1.1 dB at noise 5, 10 and 20 when it came to end below.
+# pictures of `deblur` gained 0.2, 0.4 and 1.1 dB at noise 5, 10 and 20 when it came to end below. All rows of `deblur`
+# are older than the last thing that it does to a kernel, `refine_kernels`.
 #
 # ## Back up, and down again
 #
@@ -638,7 +639,8 @@ print(f"as long as {seconds_returned / per_step:.0f} steps of FastEM")
 # 0.83 at 64x64, and 0.71 instead of 0.85 at 128x128.
 #
 # The image network is evaluated six times a round, without a gradient, which is cheap; the M-step evaluates that of the
-# kernel twelve times. This is how `deblur` finds its kernel; README has its figures on fresh pictures.
+# kernel twelve times. This is how `deblur` finds its kernel, before it refines the best (`refine_kernels`); README has
+# its figures on fresh pictures.
 #
 # ## Play with it
 #

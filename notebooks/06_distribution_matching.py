@@ -491,7 +491,7 @@ figure = display.show(shown, columns=2 + len(restored), size=1.45)
 _ = display.save_figure(figure, "06_matching_restored.png")
 
 # %% [markdown]
-# A thousand pictures tell more of the kernel than one: what is restored with the learned kernel is 2.1 dB above the
+# A thousand pictures tell more of the kernel than one: what is restored with the learned kernel is 2.0 dB above the
 # best that one picture gave by itself (`deblur`, here with half of its rounds), and 0.2 dB below the true kernel; 0.4
 # with the image prior's help, which on this seed made the kernel likelier and the pictures no better. BlindDPS has few
 # steps here; where its kernel is wrong, the picture is worse than the blurred one.
