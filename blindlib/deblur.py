@@ -672,7 +672,8 @@ def refine_kernels(
         adam.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - i / steps))
         e = torch.randn(y.shape, generator=g).to(y)
         kernel = log.flatten(1).softmax(1).view_as(log)
-        wrong = predicted(y + added * e, kernel, priors["image"], blur, level) - (y - noise_std**2 / added * e)
+        given, kept = (y + added * e).clamp(-3, 3), y - noise_std**2 / added * e  # more than 3 would be no image's
+        wrong = predicted(given, kernel, priors["image"], blur, min(level, 0.99)) - kept
         pull = _away_from_prior(kernel.detach(), priors["kernel"], g)
         adam.zero_grad()
         (wrong[inner].square().sum() / (2 * level**2) + (pull * kernel).sum()).backward()

@@ -444,6 +444,15 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
     torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12))
 
 
+def test_no_noise_is_too_much_for_a_refinement():
+    """However much it is, twice as much is no image's, nor a noise level's."""
+    x, k = dead_leaves(1, 64, seed=3), motion_kernels(1, 32, seed=78)
+    y = (x + 0.8 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))).clamp(-2.9, 2.9)
+    priors = {name: load_prior(name) for name in ("image", "kernel")}
+    found = refine_kernels(y, k, priors, Blur(), 0.8, steps=2)
+    assert found.isfinite().all() and found.sum() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize(("std", "rest", "taken"), [(2.0, 0.03, False), (2.0, 0.01, True), (0.3, 0.03, True)])
 def test_a_refined_kernel_is_taken_where_it_explains_no_worse_or_is_no_blur(std, rest, taken, blurred, monkeypatch):
     before, refined = (gaussian_kernels(1, 32, std=(s, s)) for s in (1.5, std))
