@@ -614,9 +614,10 @@ def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: 
 
 def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, like: Tensor) -> Tensor:
     """A^T y of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian."""
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         image = torch.zeros_like(like).requires_grad_(True)
-        return torch.autograd.grad(forward(image), image, y)[0]
+        return torch.autograd.grad(forward(image), image, y, create_graph=differentiable)[0]
 
 
 def _proximal(

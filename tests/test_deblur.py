@@ -46,6 +46,7 @@ from blindlib.deblur import (
     expected_error,
     find_kernels,
     predicted,
+    prediction_error,
     read_image,
     refine_kernels,
     resize,
@@ -442,6 +443,69 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
     assert mnc(found, k) > mnc(wide, k) + 0.03
     torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12))
+
+
+def test_the_gradient_through_a_data_step_in_light_is_that_of_the_prediction(blurred, monkeypatch):
+    """Against a difference along a direction, with the levels before held: here there are none."""
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "LEVELS_IN_LIGHT", [0.1, 0.05])
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "LEVELS", [0.1, 0.05])
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "FOLLOWED", 1)
+    _, k, y = blurred
+    y, prior, blur = y[..., :41, :41].clamp(-0.9, 0.9), load_prior("image"), LinearLight(Blur("valid"))
+    z = dpir(y, partial(blur, kernel=k), prior, 0.03, steps=1, last=0.1 / 0.03)
+    monkeypatch.setattr(sys.modules["blindlib.deblur"], "dpir", lambda *_, **__: z)
+    other = Blur("zero")(k, gaussian_kernels(1, 9, std=(1.0, 1.0))) - k
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+
+    def along(step):
+        return (weights * predicted(y, k + step * other, prior, blur, 0.03)).sum()
+
+    step = torch.zeros((), requires_grad=True)
+    slope = torch.autograd.grad(along(step), step)[0]
+    with torch.no_grad():
+        difference = (along(0.05) - along(-0.05)) / 0.1
+    assert float(slope) == pytest.approx(float(difference), rel=0.05)
+
+
+def test_in_light_what_predicts_best_is_the_true_kernel(blurred):
+    """Not a wider one, nor none; and of a picture that is not blurred, none."""
+    scene, k, _ = blurred
+    camera, g = LinearLight(Blur("valid")), torch.Generator().manual_seed(2)
+    y = camera(scene, k)[..., :65, :65]
+    y = y + 0.01 * torch.randn(y.shape, generator=g)
+    wide, none = Blur("zero")(k, gaussian_kernels(1, 9, std=(1.0, 1.0))), no_blur(1, 32)
+    kernels, prior = torch.cat([wide, none, k]), load_prior("image")
+    assert prediction_error(y, kernels, prior, camera, 0.01).argmin() == 2
+    sharp = scene[..., 15:80, 15:80]
+    sharp = sharp + 0.01 * torch.randn(sharp.shape, generator=g)
+    assert prediction_error(sharp, kernels, prior, camera, 0.01).argmin() == 1
+
+
+def test_in_light_the_kernel_that_predicts_best_is_taken(blurred, monkeypatch):
+    found, near, far = (gaussian_kernels(1, 32, std=(s, s)) for s in (1.5, 0.9, 2.0))
+    module, priors = sys.modules["blindlib.deblur"], {name: load_prior(name) for name in ("image", "kernel")}
+
+    def run(y, *_, **__):
+        return SimpleNamespace(kernel=found.repeat(len(y), 1, 1, 1), image=y)
+
+    stand_ins = dict(fast_em=run, diffusion_em=run, unexplained=lambda y, kernels, *_: kernels.amax((1, 2, 3)))
+    none = no_blur(1, 32)
+    for refined, order, best in (
+        (near, (found, near, none), found),
+        (near, (near, found, none), near),
+        (near, (none, near, found), none),
+        (far, (none, far, found), far),  # it is too unlike no blur to be one
+    ):
+
+        def error(y, kernels, *_, order=order, **__):
+            return y.new_tensor([[torch.equal(known[0], k) for known in order].index(True) for k in kernels])
+
+        stand_ins |= dict(refine_kernels=lambda *_, refined=refined, **__: refined, prediction_error=error)
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(module, name, stand_in)
+        kernels, rest = find_kernels(blurred[2][..., :65, :65], priors, LinearLight(Blur("valid")), 0.02)
+        torch.testing.assert_close(kernels, best)
+        torch.testing.assert_close(rest, best.amax((1, 2, 3)))
 
 
 def test_no_noise_is_too_much_for_a_refinement():
