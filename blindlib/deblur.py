@@ -617,8 +617,9 @@ def find_kernels(
     kernels, rest, handicap = run.kernel[best], rest[best], handicap[best]
     if not refine:
         return kernels, rest
-    options = dict(steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress)
-    refined = refine_kernels(y, kernels, priors, blur, noise_std, **options)
+    refined = refine_kernels(
+        y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress
+    )
     if response == "srgb":
         choices = torch.stack([kernels, refined, no_blur(1, window).to(kernels).expand_as(kernels)])
         wrong = prediction_error(y, choices.flatten(0, 1), priors["image"], blur, noise_std, seed=seeds[-1] + 1)
@@ -677,9 +678,8 @@ def refine_kernels(
     Tensor, shape (n, 1, K, K)
     """
     g = torch.Generator().manual_seed(seed)
-    first = last = max(2**0.5 * noise_std, PREDICT_FROM)
-    if isinstance(blur, LinearLight):
-        last = 2**0.5 * noise_std
+    first = max(2**0.5 * noise_std, PREDICT_FROM)
+    last = 2**0.5 * noise_std if isinstance(blur, LinearLight) else first
     log = (kernels + 1e-5).log().requires_grad_()
     adam = torch.optim.Adam([log], betas=(0.9, 0.99))
     for i in bar(range(steps), "refining", progress):
@@ -755,7 +755,8 @@ def predicted(y: Tensor, kernels: Tensor, prior: DiffusionPrior, blur: Blur | Li
     iterations of its solution.
     """
     light = isinstance(blur, LinearLight)
-    levels, first = LEVELS_IN_LIGHT if light else LEVELS, len(LEVELS) - FOLLOWED
+    levels = LEVELS_IN_LIGHT if light else LEVELS
+    first = len(levels) - FOLLOWED
     with torch.no_grad():
         many, known = y.expand(len(kernels), -1, -1, -1), partial(blur, kernel=kernels)
         z = dpir(many, known, prior, noise_std, steps=first, last=levels[first - 1] / noise_std)

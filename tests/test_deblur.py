@@ -448,7 +448,6 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
 def test_the_gradient_through_a_data_step_in_light_is_that_of_the_prediction(blurred, monkeypatch):
     """Against a difference along a direction, with the levels before held: here there are none."""
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "LEVELS_IN_LIGHT", [0.1, 0.05])
-    monkeypatch.setattr(sys.modules["blindlib.deblur"], "LEVELS", [0.1, 0.05])
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "FOLLOWED", 1)
     _, k, y = blurred
     y, prior, blur = y[..., :41, :41].clamp(-0.9, 0.9), load_prior("image"), LinearLight(Blur("valid"))
