@@ -24,7 +24,18 @@ from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_e
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
-from blindlib.operators import BOUNDARIES, Blur, Downsample, LinearLight, SpaceVaryingBlur, linear_values, otf, seen
+from blindlib.operators import (
+    BOUNDARIES,
+    Blur,
+    Downsample,
+    LinearLight,
+    SpaceVaryingBlur,
+    linear_values,
+    otf,
+    seen,
+    to_light,
+    to_srgb,
+)
 from blindlib.priors import DiffusionPrior, kernel_to_latent, load_prior, pick_device
 from blindlib.sampler import DiffPIR, bar, dpir, sample
 from blindlib.simulate import gaussian_kernels
@@ -44,6 +55,16 @@ ROUND_STEPS = 6
 REFINE_STEPS = 3
 PREDICT_FROM = 0.03
 RATE = 0.1
+# In light as many steps at half the size come first: from kernels made wider, by so much (standard deviation, in its
+# pixels), on a haze, between these levels of noise, at this rate; below this part of the peak all is haze. The noise is
+# no less than this: at half the size a blur is only nearly one. Where two kernels go on, they go so many steps a round.
+WIDER = 1.0
+HAZE = 1e-4
+COARSE_LEVELS = (0.1, 0.03)
+COARSE_RATE = 0.15
+FAINT = 0.02
+COARSE_NOISE = 0.02
+STEPS_OF_TWO = 2
 LEVELS = torch.logspace(math.log10(98 / 255), math.log10(0.04), 8).tolist()
 LEVELS_IN_LIGHT = torch.logspace(math.log10(98 / 255), math.log10(0.02), 8).tolist()
 FOLLOWED = 3
@@ -558,7 +579,10 @@ def find_kernels(
     strokes that are missing, again and again. Kernels that have become one by then go on as one, the others each as
     long again, and :func:`unexplained` tells which is right. The M-step takes images as given, and so leaves kernels
     that are a little too wide: :func:`refine_kernels` makes the best ones exact. They are kept where they explain no
-    worse; in light, where this tells little, what predicts best is kept: the kernel, that refined, or none
+    worse.
+
+    In light this tells little. There, strokes that EM missed are sought at half the size (:func:`refine_coarsely`), and
+    of the kernel, it refined, what half the size gave and is refined, and none the one is kept that predicts best
     (:func:`prediction_error`).
 
     Parameters
@@ -569,7 +593,7 @@ def find_kernels(
     blur : Blur or LinearLight of one
     noise_std : float
     rounds : int
-        How often; for each guess, and as often again. Then ``REFINE_STEPS`` times as many steps of refinement.
+        How often; for each guess, and as often again. Then a few times as many steps of refinement.
     starts : int
         How many kernels are sought; when more than are left, the best go on several times, with other noise.
     refine : bool
@@ -595,7 +619,7 @@ def find_kernels(
     common = dict(kernel_size=window, noise_std=noise_std, boundary=blur.boundary, response=response, progress=progress)
     # Noise of its own for each stage: one that met its own again would get back what it had put in.
     seeds = torch.randint(
-        2**31, (2 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed % 2**64)
+        2**31, (3 + starts + len(guesses),), generator=torch.Generator().manual_seed(seed % 2**64)
     ).tolist()
     run = fast_em(many, priors["image"], steps=EM_STEPS, kernel0=guesses, seed=seeds[0], **common)
 
@@ -617,23 +641,39 @@ def find_kernels(
     kernels, rest, handicap = run.kernel[best], rest[best], handicap[best]
     if not refine:
         return kernels, rest
-    refined = refine_kernels(
-        y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[-1], progress=progress
-    )
     if response == "srgb":
-        choices = torch.stack([kernels, refined, no_blur(1, window).to(kernels).expand_as(kernels)])
-        wrong = prediction_error(y, choices.flatten(0, 1), priors["image"], blur, noise_std, seed=seeds[-1] + 1)
-        wrong = wrong.view(3, -1)
-        wrong[2, _likeness_to_none(refined) < NEARLY_SHARP] = torch.inf
-        kernels = choices[wrong.argmin(0), range(len(kernels))]
+        kernels = _refined_in_light(y, kernels, priors, blur, noise_std, rounds, seeds[-2:], progress)
         rest = unexplained(y, kernels, priors["image"], blur, noise_std)
     else:
+        refined = refine_kernels(
+            y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[-2], progress=progress
+        )
         after = unexplained(y, refined, priors["image"], blur, noise_std)
         # A kernel that a restoration predicts best without is none: wide ones explain a sharp picture as well.
         better = (after <= rest) | _do_not_blur(refined)
         kernels, rest = torch.where(better[:, None, None, None], refined, kernels), torch.where(better, after, rest)
     order = (handicap * rest).argsort()
     return kernels[order], rest[order]
+
+
+def _refined_in_light(
+    y: Tensor, kernels: Tensor, priors: Mapping[str, DiffusionPrior], blur: LinearLight, noise_std: float,
+    rounds: int, seeds: Sequence[int], progress: bool,
+) -> Tensor:  # fmt: skip
+    """Of each kernel, it refined, what is found at half the size and refined, and no blur, which predicts best."""
+    coarse = refine_coarsely(
+        y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[1], progress=progress
+    )
+    other = (coarse != kernels).flatten(1).any(1)
+    steps = (STEPS_OF_TWO if other.any() else REFINE_STEPS) * rounds
+    starts = torch.cat([kernels, coarse[other]])
+    refined = refine_kernels(y, starts, priors, blur, noise_std, steps=steps, seed=seeds[0], progress=progress)
+    coarse[other], refined = refined[len(kernels) :], refined[: len(kernels)]
+    choices = torch.stack([kernels, refined, coarse, no_blur(1, kernels.shape[-1]).to(kernels).expand_as(kernels)])
+    wrong = prediction_error(y, choices.flatten(0, 1), priors["image"], blur, noise_std, seed=seeds[0] + 1)
+    wrong = wrong.view(len(choices), -1)
+    wrong[-1, _likeness_to_none(refined) < NEARLY_SHARP] = torch.inf
+    return choices[wrong.argmin(0), range(len(kernels))]
 
 
 def refine_kernels(
@@ -643,6 +683,8 @@ def refine_kernels(
     blur: Blur | LinearLight,
     noise_std: float,
     *,
+    levels: tuple[float, float] | None = None,
+    rate: float = RATE,
     steps: int = REFINE_STEPS * ROUNDS,
     seed: int = 0,
     progress: bool = False,
@@ -654,7 +696,7 @@ def refine_kernels(
     again, has to be the second: noise is no help in that, and a wrong kernel leaves a picture that is wrong. This error
     is descended, with new noise at each step, by Adam on the kernel's logarithm. Unlike an M-step it feels how the
     restoration itself depends on the kernel, through its data steps and networks. Beside it counts the diffusion prior
-    of kernels, by its score at a random noise level. In light the noise that is added falls to as little as ``y`` has.
+    of kernels, by its score at a random noise level.
 
     It sharpens kernels that are nearly right. From one that is wrong it may go astray: no blur predicts well, too.
 
@@ -668,6 +710,11 @@ def refine_kernels(
         Circular or valid.
     noise_std : float
         Of ``y``, positive.
+    levels : (float, float), optional
+        What the restorations are told of the noise, with what is added, at the first step and at the last: more than
+        ``noise_std``. Default: 0.03, or ``sqrt(2) noise_std`` where that is more; in light it falls to the latter.
+    rate : float
+        Of Adam; it falls in the second half.
     steps : int
         Each costs about 14 evaluations of the image's network.
     seed : int
@@ -678,12 +725,15 @@ def refine_kernels(
     Tensor, shape (n, 1, K, K)
     """
     g = torch.Generator().manual_seed(seed)
-    first = max(2**0.5 * noise_std, PREDICT_FROM)
-    last = 2**0.5 * noise_std if isinstance(blur, LinearLight) else first
+    if levels is None:
+        equal = 2**0.5 * noise_std  # both measurements have as much noise
+        first = max(equal, PREDICT_FROM)
+        levels = (first, equal if isinstance(blur, LinearLight) else first)
+    first, last = levels
     log = (kernels + 1e-5).log().requires_grad_()
     adam = torch.optim.Adam([log], betas=(0.9, 0.99))
     for i in bar(range(steps), "refining", progress):
-        adam.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - i / steps))
+        adam.param_groups[0]["lr"] = rate * min(1, 2 * (1 - i / steps))
         kernel = log.flatten(1).softmax(1).view_as(log)
         level = first * (last / first) ** (i / max(steps - 1, 1))
         wrong = _mispredicted(y, kernel, priors["image"], blur, noise_std, level, g)
@@ -692,6 +742,81 @@ def refine_kernels(
         (wrong.square().sum() / (2 * level**2) + (pull * kernel).sum()).backward()
         adam.step()
     return log.detach().flatten(1).softmax(1).view_as(log)
+
+
+def refine_coarsely(
+    y: Tensor,
+    kernels: Tensor,
+    priors: Mapping[str, DiffusionPrior],
+    blur: LinearLight,
+    noise_std: float,
+    *,
+    steps: int = REFINE_STEPS * ROUNDS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Kernels with the strokes that are missing in those given: :func:`refine_kernels` at half the size.
+
+    Where a kernel has no light at all, its logarithm hardly moves, and fine details of a picture do not tell of strokes
+    far from those that are there. So it begins with wider kernels on a haze, and with much noise. At a quarter of the
+    pixels that costs a third. What comes out is soft, for :func:`refine_kernels` to make exact. Where EM's kernel was
+    right it may be worse: both should go on.
+
+    Parameters
+    ----------
+    y : Tensor, shape (1, 3, H, W)
+    kernels : Tensor, shape (n, 1, K, K), K even
+    priors : mapping with "image" and "kernel"
+    blur : LinearLight
+        Circular or valid. Halving is of light: in values a blur would not stay one.
+    noise_std : float
+        Of ``y``, positive.
+    steps : int
+    seed : int
+    progress : bool
+
+    Returns
+    -------
+    Tensor, shape (n, 1, K, K)
+        Those given, where they predict the halved picture better, or where that is less than twice as wide as the
+        halved kernel.
+    """
+    stride, half = priors["image"].stride, kernels.shape[-1] // 2
+    grow = half - 1 if blur.boundary == "valid" else 0
+    sizes = [(side // 2 + grow) // stride * stride - grow for side in y.shape[-2:]]
+    if min(sizes) < 2 * half or (not grow and any(2 * s != side for s, side in zip(sizes, y.shape[-2:], strict=True))):
+        return kernels
+    light = F.interpolate(to_light(y[..., : 2 * sizes[0], : 2 * sizes[1]]), sizes, mode="bicubic", antialias=True)
+    # White noise of y is halved; what else there is, is what halving gets wrong.
+    y, noise_std = to_srgb(light.clamp(-1, 1)), max(noise_std, COARSE_NOISE)
+    small = 4 * F.avg_pool2d(kernels, 2)
+    wide = Blur("zero")(small, gaussian_kernels(1, 9, std=(WIDER, WIDER)).to(small)) + HAZE
+    first, last = COARSE_LEVELS
+    levels = (max(first, 4 * noise_std), max(last, 2**0.5 * noise_std))
+    options = dict(levels=levels, rate=COARSE_RATE, steps=steps, seed=seed, progress=progress)
+    found = refine_kernels(y, wide, priors, blur, noise_std, **options)
+    found = found * (found > FAINT * found.amax((-2, -1), keepdim=True))
+    found = found / found.sum((-2, -1), keepdim=True)
+    before, after = (prediction_error(y, k, priors["image"], blur, noise_std, seed=seed + 1) for k in (small, found))
+    large = torch.cat([_enlarged(*pair) for pair in zip(found.split(1), kernels.split(1), strict=True)])
+    return torch.where((after < before)[:, None, None, None], large, kernels)
+
+
+def _enlarged(small: Tensor, like: Tensor) -> Tensor:
+    """A kernel (1, 1, K/2, K/2) at the size of another, (1, 1, K, K), by quarters of a pixel where it is most like it.
+
+    No measurement tells where a kernel lies, and one that has drifted would shift the picture.
+    """
+    by = torch.arange(-8, 9, device=like.device) / 4 * 2 / like.shape[-1]
+    down, right = (d.flatten() for d in torch.meshgrid(by, by, indexing="ij"))
+    moves = torch.eye(2, 3, device=like.device).repeat(len(down), 1, 1)
+    moves[:, 0, 2], moves[:, 1, 2] = right, down
+    many = small.expand(len(moves), -1, -1, -1)
+    grids = F.affine_grid(moves, [len(moves), *like.shape[1:]], align_corners=False)
+    large = F.grid_sample(many, grids, mode="bicubic", align_corners=False).clamp(min=0)
+    large = large / large.sum((-2, -1), keepdim=True)
+    best = F.cosine_similarity(large.flatten(1), like.flatten(1)).argmax()
+    return large[best : best + 1]
 
 
 @torch.no_grad()
@@ -781,9 +906,11 @@ def _away_from_prior(kernel: Tensor, prior: DiffusionPrior, g: torch.Generator) 
     half = kernel.amax((-2, -1), keepdim=True) / 2
     level = 0.1 * 5 ** float(torch.rand((), generator=g))
     t = prior.schedule.time(level)
-    latent = kernel_to_latent(kernel)
-    noisy = latent + level * torch.randn(kernel.shape, generator=g).to(kernel)
-    return (latent - prior.denoise(math.sqrt(prior.schedule.alpha_bar(t)) * noisy, t)) / (level**2 * half)
+    margin = (prior.shape[-1] - kernel.shape[-1]) // 2  # a smaller kernel is one in the middle of the prior's window
+    latent = kernel_to_latent(F.pad(kernel, (margin, margin, margin, margin)))
+    noisy = latent + level * torch.randn(latent.shape, generator=g).to(kernel)
+    slope = (latent - prior.denoise(math.sqrt(prior.schedule.alpha_bar(t)) * noisy, t)) / (level**2 * half)
+    return slope[..., margin : margin + kernel.shape[-2], margin : margin + kernel.shape[-1]]
 
 
 def unexplained(

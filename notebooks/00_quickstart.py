@@ -79,9 +79,10 @@ print(f"{blurred.shape[1]} colours")
 # One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
 # by diffusion (*Fast Diffusion EM*). With each it goes on: a little noise on the picture, a short diffusion back under
 # the kernel it has, then the kernel that fits that picture best among those the kernel prior believes, and again. Those
-# that still differ go on as long once more, and the one that leaves least unexplained wins. Last, it makes that kernel
-# exact, by descending what a restoration under it fails to predict (`blindlib.deblur.refine_kernels`), and restores the
-# whole picture with it and the image prior as a denoiser (*plug and play*).
+# that still differ go on as long once more, and the one that leaves least unexplained wins. Last, that kernel descends
+# what a restoration under it fails to predict: at half the size, which finds strokes that were missed, then at full
+# size, which makes it exact (`refine_coarsely` and `refine_kernels` of `blindlib.deblur`). The whole picture is
+# restored with it and the image prior as a denoiser (*plug and play*).
 
 # %%
 if preset != "ci":

@@ -45,7 +45,17 @@ from blindlib import (
     text_images,
 )
 from blindlib.baselines import no_blur
-from blindlib.deblur import EM_STEPS, GUESSES, REFINE_STEPS, ROUND_STEPS, ROUNDS, read_image, resize, restore
+from blindlib.deblur import (
+    EM_STEPS,
+    GUESSES,
+    REFINE_STEPS,
+    ROUND_STEPS,
+    ROUNDS,
+    STEPS_OF_TWO,
+    read_image,
+    resize,
+    restore,
+)
 from blindlib.em import RESPONSES, blur_of
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
@@ -113,8 +123,11 @@ def methods(
         made = [deblur(one, **settings) for one in y.split(1)]
         # 20 for each kernel, to choose; at most, as kernels that have become one go on as one.
         evaluations = (len(GUESSES) + 1) * (EM_STEPS + 2 * (ROUNDS * ROUND_STEPS + 20)) + RESTORE
-        # A step of refinement: eight, and for three of them two more, which a way back costs; then 20 to choose.
-        evaluations += 14 * REFINE_STEPS * ROUNDS + 20
+        # A step of refinement: eight, and for three of them two more, which a way back costs; then to choose.
+        if told == "linear":
+            evaluations += 14 * REFINE_STEPS * ROUNDS + 20
+        else:  # first at a quarter of the pixels, then from two kernels
+            evaluations += (14 * REFINE_STEPS * ROUNDS + 2 * 16) // 4 + 2 * 14 * STEPS_OF_TWO * ROUNDS + 4 * 16 + 20
         latents = {name: torch.cat([getattr(one, name) for one in made]).to(y) for name in ("image", "kernel")}
         return Result(latents, 1, torch.zeros(len(y)), evaluations, 0.0, {})
 

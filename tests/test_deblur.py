@@ -41,6 +41,7 @@ from blindlib.deblur import (
     HANDICAP,
     KNOWN,
     LEVELS,
+    _enlarged,
     _residual,
     estimate_noise,
     expected_error,
@@ -48,6 +49,7 @@ from blindlib.deblur import (
     predicted,
     prediction_error,
     read_image,
+    refine_coarsely,
     refine_kernels,
     resize,
     restore,
@@ -436,13 +438,13 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
         x = scene[..., :64, :64]
         y = Blur()(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     else:
-        y = y[..., :65, :65]
+        y = y[..., :49, :49]
     priors = {name: load_prior(name) for name in ("image", "kernel")}
     wide = Blur("zero")(k, gaussian_kernels(1, 9, std=(1.0, 1.0)))
-    found = refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12)
+    found = refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=8)
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
     assert mnc(found, k) > mnc(wide, k) + 0.03
-    torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=12))
+    torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=8))
 
 
 def test_the_gradient_through_a_data_step_in_light_is_that_of_the_prediction(blurred, monkeypatch):
@@ -481,30 +483,63 @@ def test_in_light_what_predicts_best_is_the_true_kernel(blurred):
 
 
 def test_in_light_the_kernel_that_predicts_best_is_taken(blurred, monkeypatch):
-    found, near, far = (gaussian_kernels(1, 32, std=(s, s)) for s in (1.5, 0.9, 2.0))
+    """That found, it refined, what half the size gave and is refined, or none."""
+    found, near, far, coarse, exact = (gaussian_kernels(1, 32, std=(s, s)) for s in (1.5, 0.9, 2.0, 3.0, 2.5))
     module, priors = sys.modules["blindlib.deblur"], {name: load_prior(name) for name in ("image", "kernel")}
 
     def run(y, *_, **__):
         return SimpleNamespace(kernel=found.repeat(len(y), 1, 1, 1), image=y)
 
-    stand_ins = dict(fast_em=run, diffusion_em=run, unexplained=lambda y, kernels, *_: kernels.amax((1, 2, 3)))
     none = no_blur(1, 32)
-    for refined, order, best in (
-        (near, (found, near, none), found),
-        (near, (near, found, none), near),
-        (near, (none, near, found), none),
-        (far, (none, far, found), far),  # it is too unlike no blur to be one
+    stand_ins = dict(l0_pyramid=lambda *_, **__: (None, none), fast_em=run, diffusion_em=run)
+    stand_ins |= dict(unexplained=lambda y, kernels, *_: kernels.amax((1, 2, 3)))
+    for elsewhere, refined, order, best in (
+        (found, near, (found, near, none), found),
+        (found, near, (near, found, none), near),
+        (found, near, (none, near, found), none),
+        (found, far, (none, far, found), far),  # it is too unlike no blur to be one
+        (coarse, near, (exact, near, found, none), exact),
+        (coarse, near, (near, exact, found, none), near),
     ):
 
         def error(y, kernels, *_, order=order, **__):
             return y.new_tensor([[torch.equal(known[0], k) for known in order].index(True) for k in kernels])
 
-        stand_ins |= dict(refine_kernels=lambda *_, refined=refined, **__: refined, prediction_error=error)
+        def refine(y, kernels, *_, elsewhere=elsewhere, refined=refined, **__):
+            assert torch.equal(kernels, found if elsewhere is found else torch.cat([found, coarse]))
+            return torch.cat([refined, exact])[: len(kernels)]
+
+        stand_ins |= dict(refine_kernels=refine, prediction_error=error)
+        stand_ins |= dict(refine_coarsely=lambda *_, elsewhere=elsewhere, **__: elsewhere.clone())
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(module, name, stand_in)
         kernels, rest = find_kernels(blurred[2][..., :65, :65], priors, LinearLight(Blur("valid")), 0.02)
         torch.testing.assert_close(kernels, best)
         torch.testing.assert_close(rest, best.amax((1, 2, 3)))
+
+
+def test_a_stroke_that_is_missing_is_found_at_half_the_size(blurred):
+    scene, k, _ = blurred
+    priors, camera = {name: load_prior(name) for name in ("image", "kernel")}, LinearLight(Blur("valid"))
+    y = camera(scene, k)
+    y = y + 0.01 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    half = k * (k.sum(-2, keepdim=True).cumsum(-1) < 0.5)  # its left half
+    half = half / half.sum()
+    found = refine_coarsely(y, half, priors, camera, 0.01, steps=18)
+    assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
+    assert mnc(found, k) > mnc(half, k) + 0.1
+    # What predicts better stays as it is, and so do kernels of a picture that is too small.
+    assert torch.equal(refine_coarsely(y, k, priors, camera, 0.01, steps=2), k)
+    assert torch.equal(refine_coarsely(y[..., :65, :65], half, priors, camera, 0.01), half)
+
+
+def test_a_kernel_is_enlarged_where_it_was():
+    k = Blur("zero")(motion_kernels(1, 32, seed=3), gaussian_kernels(1, 9, std=(1.0, 1.0)))
+    small = 4 * F.avg_pool2d(k, 2)
+    for shift in (0, 1):
+        large = _enlarged(small.roll(shift, -1), k)
+        assert large.shape == k.shape and large.sum() == pytest.approx(1, abs=1e-5)
+        assert F.cosine_similarity(large.flatten(), k.flatten(), dim=0) > 0.97
 
 
 def test_no_noise_is_too_much_for_a_refinement():
@@ -560,14 +595,18 @@ def test_each_stage_has_noise_of_its_own(blurred, monkeypatch):
         used.append(seed)
         return kernels
 
-    stand_ins = dict(fast_em=noted, diffusion_em=noted, refine_kernels=refined)
-    stand_ins |= dict(unexplained=lambda y, kernels, *_: kernels.sum((1, 2, 3)))
+    def error(y, kernels, *_, seed):
+        used.append(seed)
+        return kernels.sum((1, 2, 3))
+
+    stand_ins = dict(fast_em=noted, diffusion_em=noted, refine_kernels=refined, refine_coarsely=refined)
+    stand_ins |= dict(unexplained=lambda y, kernels, *_: kernels.sum((1, 2, 3)), prediction_error=error)
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(sys.modules["blindlib.deblur"], name, stand_in)
     priors = {"image": load_prior("image"), "kernel": load_prior("kernel")}
     for seed in (0, 1):
-        find_kernels(blurred[2][..., :64, :64], priors, Blur(), 0.02, starts=2, seed=seed)
-    assert len(set(used)) == len(used) >= 10
+        find_kernels(blurred[2][..., :64, :64], priors, LinearLight(Blur()), 0.02, starts=2, seed=seed)
+    assert len(set(used)) == len(used) >= 14
 
 
 def test_the_kernel_is_found_from_what_the_sensor_saw(blurred, one_guess):
