@@ -787,7 +787,7 @@ def refine_coarsely(
     if min(sizes) < 2 * half or (not grow and any(2 * s != side for s, side in zip(sizes, y.shape[-2:], strict=True))):
         return kernels
     light = F.interpolate(to_light(y[..., : 2 * sizes[0], : 2 * sizes[1]]), sizes, mode="bicubic", antialias=True)
-    # White noise of y is halved; what else there is, is what halving gets wrong.
+    # White noise is halved, but there is what halving gets wrong: restorations are told no less noise than of y.
     y, noise_std = to_srgb(light.clamp(-1, 1)), max(noise_std, COARSE_NOISE)
     small = 4 * F.avg_pool2d(kernels, 2)
     wide = Blur("zero")(small, gaussian_kernels(1, 9, std=(WIDER, WIDER)).to(small)) + HAZE
