@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from blindlib.checks import check_counts
 from blindlib.files import whole
 from blindlib.schedule import NoiseSchedule
 from blindlib.unet import UNet
@@ -440,12 +442,13 @@ class UniformPrior(_ExactPrior):
     Raises
     ------
     ValueError
-        If the latent is unknown, or the scale does not fit it.
+        If the latent is unknown, the size no positive integer, or the scale does not fit it.
     """
 
     def __init__(
         self, latent: str, size: int | None = None, *, scale: float = 1.0, device: str | torch.device = "cpu"
     ) -> None:
+        check_counts(size=size, optional=True)
         super().__init__((_channels(latent), size, size), latent, device)
         self.scale, self.physical = scale, _physical(latent, scale)
 
@@ -536,10 +539,14 @@ def load_prior(name_or_path: str | Path, *, device: str | torch.device = "cpu") 
     ------
     FileNotFoundError
         If there is no such name or file; the message says where published checkpoints are to be had.
+    TypeError
+        If it is neither a name nor a path.
     ValueError
         If the file is truncated, holds anything but tensors, or is not of this family of networks; if a weight is not
         finite, or there is no such device.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"name_or_path: expected a name or a path, got {type(name_or_path).__name__}")
     path = WEIGHTS / f"{name_or_path}.safetensors"
     if str(name_or_path) not in shipped_priors():
         path = Path(name_or_path)

@@ -550,6 +550,8 @@ def sample(
     """
     if guidance is not None and (not callable(guidance) or isinstance(guidance, type)):
         raise TypeError(f"guidance: expected one such as DPS(), got {guidance!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a function of step and latents, got {callback!r}")
     shapes, schedule = _check(y, operator, priors, samples)
     if (start is None) != (start_time is None):
         raise ValueError("start, start_time: expected both or neither")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blindlib.checks import check_counts, check_pair, check_positive, is_integer
+from blindlib.checks import check_counts, check_pair, check_positive, is_integer, is_number
 from blindlib.priors import pick_device
 
 if TYPE_CHECKING:
@@ -844,8 +845,7 @@ def _check_tilt(n: int, size: int, name: str, interval: tuple[float, float], **p
     check_counts(n=n, size=size)
     if size < 2:
         raise ValueError(f"n, size: expected at least 1 field of at least 2 pixels, got {n} of {size}")
-    if not 0 < interval[0] <= interval[1]:
-        raise ValueError(f"{name}: expected 0 < low <= high, got {interval}")
+    _check_interval(name, interval, math.inf)
     check_positive(**positive)
 
 
@@ -853,7 +853,12 @@ def _check_kernel(n: int, size: int, interval: tuple[float, float], name: str, l
     check_counts(n=n, size=size)
     if size < 3:
         raise ValueError(f"n, size: expected n >= 1 and size >= 3, got {n} and {size}")
-    if not 0 < interval[0] <= interval[1] <= limit:
+    _check_interval(name, interval, limit)
+
+
+def _check_interval(name: str, interval: tuple[float, float], limit: float) -> None:
+    two = isinstance(interval, Sequence) and len(interval) == 2 and all(is_number(end) for end in interval)
+    if not two or not 0 < interval[0] <= interval[1] <= limit:
         raise ValueError(f"{name}: expected 0 < low <= high <= {limit}, got {interval}")
 
 

@@ -259,6 +259,8 @@ def test_published_checkpoints_are_told_apart(tmp_path, channels, latent, wrappe
 def test_missing_file_says_where_to_get_it():
     with pytest.raises(FileNotFoundError, match=r"'ffhq_10m.pt'.*shipped prior.*image, kernel.*https://"):
         load_prior("ffhq_10m.pt")
+    with pytest.raises(TypeError, match="name_or_path: expected a name or a path, got int"):
+        load_prior(5)
 
 
 def test_truncated_files(tmp_path):
@@ -322,6 +324,8 @@ def test_bad_arguments():
         DiffusionPrior(net, "image")
     with pytest.raises(ValueError, match="latent"):
         UniformPrior("sound")
+    with pytest.raises(ValueError, match="size: expected a positive integer, got -3"):
+        UniformPrior("kernel", -3)
 
 
 @pytest.mark.parametrize("t", [-1, 1000, 1.5, None])

@@ -509,6 +509,7 @@ IMAGE = {"image": FLAT["image"]}
         (dict(samples=0), ValueError, "samples: expected a positive integer, got 0"),
         (dict(samples=1.5), ValueError, "samples: expected a positive integer, got 1.5"),
         (dict(samples=None), ValueError, "samples: expected a positive integer, got None"),
+        (dict(callback=3), TypeError, "callback: expected a function of step and latents, got 3"),
         (dict(guidance="dps"), TypeError, "guidance: expected one such as DPS"),
         (dict(guidance=DPS), TypeError, r"guidance: expected one such as DPS\(\), got <class"),
         (dict(operator="blur"), TypeError, r"operator: expected one such as Blur\(\), got 'blur'"),

@@ -151,6 +151,11 @@ def test_bad_input():
         dead_leaves(1, (32, 0))
     with pytest.raises(ValueError, match="extent: expected 0 < low <= high <= 1"):
         motion_kernels(1, 16, extent=(0.5, 1.5))
+    for make in (partial(motion_kernels, extent=0.5), partial(gaussian_kernels, std=("a", 2))):
+        with pytest.raises(ValueError, match="(extent|std): expected 0 < low <= high <= .*, got "):
+            make(1, 16)
+    with pytest.raises(ValueError, match="d_r0: expected 0 < low <= high <= inf, got"):
+        kolmogorov_tilts(1, 16, d_r0=(1.0,))
     with pytest.raises(ValueError, match="n, size"):
         gaussian_kernels(1, 2)
     with pytest.raises(TypeError, match="seed: expected an int or a torch.Generator, got str"):
