@@ -322,10 +322,13 @@ def train(
             mean.update_parameters(net)
             losses.append(loss.item())
             seconds += min(time.monotonic() - began, 60)  # a longer step was a machine asleep
-            if step + 1 == steps or stopped or time.monotonic() - saved > 60 * minutes_between_saves:
+            if stopped:
+                accelerator.set_trigger()
+            stopping = accelerator.check_trigger()  # whichever process was asked, all end after the same step
+            if step + 1 == steps or stopping or time.monotonic() - saved > 60 * minutes_between_saves:
                 save(step + 1)
                 saved = time.monotonic()
-            if stopped:
+            if stopping:
                 progress(f"stopped at step {step + 1}; the same command goes on from here")
                 break
     return folder / f"{name}.safetensors"
