@@ -41,18 +41,19 @@ export SCORES
 
 demo: .venv/ready  ## a blurred photograph made sharp (PHOTO=my.jpg for your own)
 	@mkdir -p runs/demo
-	@start=$$(date +%s); photo="$(PHOTO)"; [ -z "$$photo" ] || photo=$$(realpath "$$photo") || exit 1; \
+	@start=$$(date +%s); photo="$(PHOTO:~/%=$(HOME)/%)"; [ -z "$$photo" ] || photo=$$(realpath "$$photo") || exit 1; \
 	$(BIN)/papermill --cwd runs/demo --log-output --no-progress-bar -p photo "$$photo" \
 	    notebooks/00_quickstart.ipynb runs/demo/quickstart.ipynb && \
 	$(BIN)/python -c "$$SCORES" && \
 	echo "executed notebook: runs/demo/quickstart.ipynb" && \
 	echo "before and after:  runs/demo/figures/00_quickstart.png" && \
+	echo "sharp photograph:  runs/demo/figures/00_quickstart_sharp.png" && \
 	echo "$$(( $$(date +%s) - start )) seconds"
 
 test: .venv/ready  ## lint, tests, every notebook at "ci" against its baseline, pairing, committed outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 1 tests/test_notebooks.py tests
 
 lab: .venv/ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -184,9 +184,10 @@ def chooser(results: Mapping[tuple, Mapping[str, Tensor]], labels: Sequence[str]
 
 def figures_folder() -> Path:
     """Where a notebook writes its pictures: the repository's ``figures``, from its root or from ``notebooks``."""
-    for folder in (Path("../figures"), Path("figures")):
+    for folder in (Path("figures"), Path("../figures")):
         if folder.is_dir():
             return folder
+    folder = Path("figures")
     folder.mkdir()
     return folder
 
