@@ -368,7 +368,8 @@ def restore(seen, operator, prior, result):
     kernel = known["kernel"] * (known["kernel"] > 0.05 * known["kernel"].amax((2, 3), keepdim=True))
     known["kernel"] = kernel / kernel.sum((2, 3), keepdim=True)  # without the faint specks that sampling leaves
     guidance = DiffPIR(noise_std=0.05)  # what kernel and tilts get wrong is noise, too
-    return sample(seen, partial(operator, **known), {"image": prior}, steps=20, seed=seed, guidance=guidance).image
+    known = partial(operator, **known)
+    return sample(seen, known, {"image": prior}, steps=min(steps, 20), seed=seed, guidance=guidance).image
 
 
 def score(image, result, scene, true):

@@ -76,7 +76,7 @@ from blindlib.priors import pick_device
 sizes = {
     "ci": {"scenes": 40, "clean": 30, "field": 48, "grid": (2, 2), "kernel": 7, "fit": 20, "patch": 16,
            "flow": 4, "steps": 2, "batch": 4, "held_out": 1, "lens": (1, 2), "kernel_lens": 7, "fit_lens": 20,
-           "blind": 5, "kernel_sr": 9, "fit_sr": 20, "part": 24},
+           "blind": 1, "kernel_sr": 9, "fit_sr": 20, "part": 24},
     "cpu": {"scenes": 300, "clean": 100, "field": 128, "grid": (4, 4), "kernel": 9, "fit": 96, "patch": 32,
             "flow": 100, "steps": 15, "batch": 16, "held_out": 2, "lens": (3, 3), "kernel_lens": 9,
             "fit_lens": 108, "blind": 6, "kernel_sr": 13, "fit_sr": 60, "part": 64},

@@ -17,6 +17,8 @@ TINY = [
 
 @pytest.mark.parametrize("experiment", TINY, ids=lambda e: e.name)
 def test_each_experiment_undoes_its_blur_and_is_measured_once(experiment, tmp_path, monkeypatch, capsys):
+    few = partial(unpaired.indirect_kernel, patches=24, rounds=1)
+    monkeypatch.setattr(unpaired, "indirect_kernel", few)
     out = tmp_path / "u.json"
     arguments = ["--experiment", experiment.name, "--only", "true", "moments", "--out", str(out)]
     unpaired.main(arguments, TINY)
