@@ -57,14 +57,13 @@ PREDICT_FROM = 0.03
 RATE = 0.1
 # In light as many steps at half the size come first: from kernels made wider, by so much (standard deviation, in its
 # pixels), on a haze, between these levels of noise, at this rate; below this part of the peak all is haze. The noise is
-# no less than this: at half the size a blur is only nearly one. Where two kernels go on, they go so many steps a round.
+# no less than this: at half the size a blur is only nearly one.
 WIDER = 1.0
 HAZE = 1e-4
 COARSE_LEVELS = (0.1, 0.03)
 COARSE_RATE = 0.15
 FAINT = 0.02
 COARSE_NOISE = 0.02
-STEPS_OF_TWO = 2
 LEVELS = torch.logspace(math.log10(98 / 255), math.log10(0.04), 8).tolist()
 LEVELS_IN_LIGHT = torch.logspace(math.log10(98 / 255), math.log10(0.02), 8).tolist()
 FOLLOWED = 3
@@ -172,7 +171,7 @@ def deblur(
 
     The kernel is found on the most textured part, by :func:`find_kernels`; with it, the whole picture is restored, by
     :func:`restore`. A kernel no wider than what any lens and pixels do to a picture (two or three pixels) is no blur:
-    the picture comes back as it is, with a kernel of one bright pixel.
+    the picture comes back as it is, at its own size, with a kernel of one bright pixel.
 
     Parameters
     ----------
@@ -265,7 +264,7 @@ def deblur(
         scale = max_size / max(y.shape[-2:])
         size = [max(1, round(side * scale)) for side in y.shape[-2:]]
         say(f"scaling down from {y.shape[-1]}x{y.shape[-2]} to {size[1]}x{size[0]} pixels (max_size={max_size})")
-        y = resize(y, size)
+        full, y = y, resize(y, size)
     y = y.to(device)
     if kernel is not None and any(k > side for k, side in zip(kernel.shape[-2:], y.shape[-2:], strict=True)):
         raise ValueError(
@@ -286,6 +285,10 @@ def deblur(
         kernels, stds = kernels[:samples], [max(noise_std, float(r)) for r in rest[:samples]]
         sharp = _do_not_blur(kernels).tolist()
         kernels[sharp] = no_blur(1, window).to(kernels)
+        if scale < 1 and all(sharp):  # nothing was done that would need another size
+            y, crop = full.to(device), tuple(round(i / scale) for i in figures["crop"])
+            noise_std = estimate_noise(y)
+            figures |= dict(noise_std=noise_std, scale=1.0, crop=crop)
     else:
         kernels, stds, sharp = kernel.to(device), [noise_std] * len(kernel), [False] * len(kernel)
     say("not blurred: it comes back as it is" if sharp[0] else f"restoring {y.shape[-1]}x{y.shape[-2]} pixels")
@@ -401,22 +404,25 @@ def deblur_folder(
         say(f"{len(photos) - len(todo)} of {len(photos)} are there already")
     failed = {}
     finished = imap_unordered(partial(_deblur_file, options=options), todo, jobs=jobs, cluster=cluster)
-    for n, (photo, target, seconds, error) in enumerate(finished, len(photos) - len(todo) + 1):
+    for n, (photo, target, seconds, scale, error) in enumerate(finished, len(photos) - len(todo) + 1):
         if error is not None:
             failed[photo.name] = error
-        say(f"{n}/{len(photos)} {target.name}: " + (f"{seconds:.0f} s" if error is None else f"skipped, {error}"))
+        done = f"{seconds:.0f} s" + (f", scaled down to {scale:.0%}" if scale < 1 else "")
+        say(f"{n}/{len(photos)} {target.name}: " + (done if error is None else f"skipped, {error}"))
     return failed
 
 
-def _deblur_file(files: tuple[Path, Path], options: dict) -> tuple[Path, Path, float, str | None]:
-    """The photograph, its sharp one, the time it took, and what went wrong."""
-    began, error = time.perf_counter(), None
+def _deblur_file(files: tuple[Path, Path], options: dict) -> tuple[Path, Path, float, float, str | None]:
+    """The photograph, its sharp one, the time it took, the scale that was worked at, and what went wrong."""
+    began, scale, error = time.perf_counter(), 1.0, None
     try:
         if not files[1].exists():  # or a worker that has died since had finished it
-            deblur(files[0], **options).save(files[1])
+            made = deblur(files[0], **options)
+            made.save(files[1])
+            scale = made.figures["scale"]
     except (OSError, ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as e:
         error = str(e) or type(e).__name__
-    return *files, time.perf_counter() - began, error
+    return *files, time.perf_counter() - began, scale, error
 
 
 def restore(
@@ -576,13 +582,13 @@ def find_kernels(
     :func:`~blindlib.baselines.l0_pyramid` settles these in a second, for a few settings. From most of these guesses
     :func:`~blindlib.em.fast_em` comes to nearly the same kernel. From there :func:`~blindlib.em.diffusion_em` goes on:
     a little noise on the image, a short run back, an M-step with the diffusion prior of kernels, which finds the faint
-    strokes that are missing, again and again. Kernels that have become one by then go on as one, the others each as
-    long again, and :func:`unexplained` tells which is right. The M-step takes images as given, and so leaves kernels
-    that are a little too wide: :func:`refine_kernels` makes the best ones exact. They are kept where they explain no
-    worse.
+    strokes that are missing, again and again. Kernels that have become one go on as one; those that are not one by then
+    go on as long again, and :func:`unexplained` tells which is right. The M-step takes images as given, and so leaves
+    kernels that are a little too wide: :func:`refine_kernels` makes the best ones exact. They are kept where they
+    explain no worse.
 
-    In light this tells little. There, strokes that EM missed are sought at half the size (:func:`refine_coarsely`), and
-    of the kernel, it refined, what half the size gave and is refined, and none the one is kept that predicts best
+    In light this tells little. There, strokes that EM missed are sought at half the size (:func:`refine_coarsely`)
+    before the kernel is refined, and of it as EM left it, refined, and none the one is kept that predicts best
     (:func:`prediction_error`).
 
     Parameters
@@ -593,7 +599,7 @@ def find_kernels(
     blur : Blur or LinearLight of one
     noise_std : float
     rounds : int
-        How often; for each guess, and as often again. Then a few times as many steps of refinement.
+        How often; for each kernel, and as often again. Then a few times as many steps of refinement.
     starts : int
         How many kernels are sought; when more than are left, the best go on several times, with other noise.
     refine : bool
@@ -625,14 +631,14 @@ def find_kernels(
 
     again = dict(steps=ROUND_STEPS, rounds=rounds, start_time=START_TIME, backbone="diffpir")
     go_on = partial(diffusion_em, regularizer=Annealed(priors["kernel"]), **again, **common)
-    run = go_on(many, priors["image"], kernel0=run.kernel, image0=run.image, seed=seeds[1])
-    handicap = y.new_tensor([1.0] * len(GUESSES) + [HANDICAP])
+    apart = _apart(run.kernel, range(len(guesses)))
+    handicap = y.new_tensor([1.0] * len(GUESSES) + [HANDICAP])[apart]
+    many = y.expand(len(apart), -1, -1, -1)
+    run = go_on(many, priors["image"], kernel0=run.kernel[apart], image0=run.image[apart], seed=seeds[1])
     rest = unexplained(y, run.kernel, priors["image"], blur, noise_std)
-    order, apart = (handicap * rest).argsort().tolist(), []
-    for i in order:
-        if all(mnc(run.kernel[i : i + 1], run.kernel[j : j + 1]) < SAME for j in apart):
-            apart.append(i)
-    kept = apart + [order[i % len(order)] for i in range(starts - len(apart))]
+    order = (handicap * rest).argsort().tolist()
+    kept = _apart(run.kernel, order)
+    kept += [order[i % len(order)] for i in range(starts - len(kept))]
 
     many = y.expand(len(kept), -1, -1, -1)
     run = go_on(many, priors["image"], kernel0=run.kernel[kept], image0=run.image[kept], seed=seeds[2 : 2 + len(kept)])
@@ -641,13 +647,12 @@ def find_kernels(
     kernels, rest, handicap = run.kernel[best], rest[best], handicap[best]
     if not refine:
         return kernels, rest
+    steps = REFINE_STEPS * rounds
     if response == "srgb":
-        kernels = _refined_in_light(y, kernels, priors, blur, noise_std, rounds, seeds[-2:], progress)
+        kernels = _refined_in_light(y, kernels, priors, blur, noise_std, steps, seeds[-2:], progress)
         rest = unexplained(y, kernels, priors["image"], blur, noise_std)
     else:
-        refined = refine_kernels(
-            y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[-2], progress=progress
-        )
+        refined = refine_kernels(y, kernels, priors, blur, noise_std, steps=steps, seed=seeds[-2], progress=progress)
         after = unexplained(y, refined, priors["image"], blur, noise_std)
         # A kernel that a restoration predicts best without is none: wide ones explain a sharp picture as well.
         better = (after <= rest) | _do_not_blur(refined)
@@ -656,23 +661,28 @@ def find_kernels(
     return kernels[order], rest[order]
 
 
+def _apart(kernels: Tensor, order: Sequence[int]) -> list[int]:
+    """In this order, the kernels that have not become one with any before."""
+    apart = []
+    for i in order:
+        if all(mnc(kernels[i : i + 1], kernels[j : j + 1]) < SAME for j in apart):
+            apart.append(i)
+    return apart
+
+
 def _refined_in_light(
     y: Tensor, kernels: Tensor, priors: Mapping[str, DiffusionPrior], blur: LinearLight, noise_std: float,
-    rounds: int, seeds: Sequence[int], progress: bool,
+    steps: int, seeds: Sequence[int], progress: bool,
 ) -> Tensor:  # fmt: skip
-    """Of each kernel, it refined, what is found at half the size and refined, and no blur, which predicts best."""
-    coarse = refine_coarsely(
-        y, kernels, priors, blur, noise_std, steps=REFINE_STEPS * rounds, seed=seeds[1], progress=progress
-    )
-    other = (coarse != kernels).flatten(1).any(1)
-    steps = (STEPS_OF_TWO if other.any() else REFINE_STEPS) * rounds
-    starts = torch.cat([kernels, coarse[other]])
-    refined = refine_kernels(y, starts, priors, blur, noise_std, steps=steps, seed=seeds[0], progress=progress)
-    coarse[other], refined = refined[len(kernels) :], refined[: len(kernels)]
-    choices = torch.stack([kernels, refined, coarse, no_blur(1, kernels.shape[-1]).to(kernels).expand_as(kernels)])
+    """Of each kernel, it with the strokes that half the size shows, refined, and no blur, which predicts best."""
+    found = refine_coarsely(y, kernels, priors, blur, noise_std, steps=steps, seed=seeds[1], progress=progress)
+    refined = refine_kernels(y, found, priors, blur, noise_std, steps=steps, seed=seeds[0], progress=progress)
+    choices, unlike = torch.stack([kernels, refined]), _likeness_to_none(refined) < NEARLY_SHARP
+    if not unlike.all():
+        choices = torch.cat([choices, no_blur(1, kernels.shape[-1]).to(kernels).expand_as(choices[:1])])
     wrong = prediction_error(y, choices.flatten(0, 1), priors["image"], blur, noise_std, seed=seeds[0] + 1)
     wrong = wrong.view(len(choices), -1)
-    wrong[-1, _likeness_to_none(refined) < NEARLY_SHARP] = torch.inf
+    wrong[2:, unlike] = torch.inf
     return choices[wrong.argmin(0), range(len(kernels))]
 
 
@@ -759,8 +769,8 @@ def refine_coarsely(
 
     Where a kernel has no light at all, its logarithm hardly moves, and fine details of a picture do not tell of strokes
     far from those that are there. So it begins with wider kernels on a haze, and with much noise. At a quarter of the
-    pixels that costs a third. What comes out is soft, for :func:`refine_kernels` to make exact. Where EM's kernel was
-    right it may be worse: both should go on.
+    pixels that costs a third. What comes out is soft, and has lost fine strokes: half and half with what was given it
+    has all of them, for :func:`refine_kernels` to make exact.
 
     Parameters
     ----------
@@ -778,8 +788,8 @@ def refine_coarsely(
     Returns
     -------
     Tensor, shape (n, 1, K, K)
-        Those given, where they predict the halved picture better, or where that is less than twice as wide as the
-        halved kernel.
+        Those given and those found, half and half; those given, where they predict the halved picture better, or where
+        that is less than twice as wide as the halved kernel.
     """
     stride, half = priors["image"].stride, kernels.shape[-1] // 2
     grow = half - 1 if blur.boundary == "valid" else 0
@@ -799,7 +809,7 @@ def refine_coarsely(
     found = found / found.sum((-2, -1), keepdim=True)
     before, after = (prediction_error(y, k, priors["image"], blur, noise_std, seed=seed + 1) for k in (small, found))
     large = torch.cat([_enlarged(*pair) for pair in zip(found.split(1), kernels.split(1), strict=True)])
-    return torch.where((after < before)[:, None, None, None], large, kernels)
+    return torch.where((after < before)[:, None, None, None], (kernels + large) / 2, kernels)
 
 
 def _enlarged(small: Tensor, like: Tensor) -> Tensor:
@@ -956,7 +966,7 @@ def estimate_noise(y: Tensor) -> float:
     Biometrika 1994). At least 0.004: half a grey level of a byte, and what a single row of pixels is taken to have.
     """
     d = (y[..., 1:, 1:] + y[..., :-1, :-1] - y[..., 1:, :-1] - y[..., :-1, 1:]) / 2
-    return min(max(float(d.abs().median()) / 0.6745, 0.004), 0.99) if d.numel() else 0.004
+    return min(max(float(d.detach().abs().median()) / 0.6745, 0.004), 0.99) if d.numel() else 0.004
 
 
 def read_image(photo: Photo) -> Tensor:
@@ -974,7 +984,8 @@ def read_image(photo: Photo) -> Tensor:
         if not Path(photo).is_file():
             raise FileNotFoundError(f"photo: no file {os.fspath(photo)!r}")
         try:
-            with Image.open(photo) as opened:
+            # From bytes: of a TIFF on end Pillow maps the file by the sides that it has when upright.
+            with Image.open(io.BytesIO(Path(photo).read_bytes())) as opened:
                 photo = _decoded(opened)
         except Exception as error:  # of damaged files Pillow raises a dozen kinds
             reason = str(error) or type(error).__name__

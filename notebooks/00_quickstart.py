@@ -46,7 +46,7 @@ from blindlib import Blur, LinearLight, deblur, display, mnc, motion_kernels, ps
 from blindlib.deblur import read_image, resize
 from blindlib.metrics import aligned
 
-side, rounds, starts = {"ci": (64, 3, 1), "cpu": (128, 12, 1), "gpu": (256, 12, 4)}[preset]
+side, rounds, starts = {"ci": (64, 3, 1), "cpu": (128, 8, 1), "gpu": (256, 12, 4)}[preset]
 
 # %% [markdown]
 # ## The photograph
@@ -79,10 +79,10 @@ print(f"{blurred.shape[1]} colours")
 # One call. It guesses a few kernels by a classical method, and makes each better while a picture takes shape under it
 # by diffusion (*Fast Diffusion EM*). With each it goes on: a little noise on the picture, a short diffusion back under
 # the kernel it has, then the kernel that fits that picture best among those the kernel prior believes, and again. Those
-# that still differ go on as long once more, and the one that leaves least unexplained wins. Last, that kernel descends
-# what a restoration under it fails to predict: at half the size, which finds strokes that were missed, then at full
-# size, which makes it exact (`refine_coarsely` and `refine_kernels` of `blindlib.deblur`). The whole picture is
-# restored with it and the image prior as a denoiser (*plug and play*).
+# that still differ go on as long once more, and the one that leaves least unexplained wins. At half the size, strokes
+# that it lacks are added. Last, it descends what a restoration under it fails to predict, which makes it exact
+# (`refine_coarsely` and `refine_kernels` of `blindlib.deblur`). The whole picture is restored with it and the image
+# prior as a denoiser (*plug and play*).
 
 # %%
 if preset != "ci":
@@ -97,6 +97,7 @@ if truth is not None:
     pictures |= {"the truth": truth, "true kernel": true_kernel}
 figure = display.show(pictures, size=2.6)
 path = display.save_figure(figure, "00_quickstart.png")
+result.save(path.with_name("00_quickstart_sharp.png"))  # pixel by pixel
 
 # %%
 # A kernel spreads light, it neither makes nor loses any.
@@ -145,11 +146,12 @@ if guesses:
 # %% [markdown]
 # ## Your turn
 #
-# - **Your own photograph**: set `photo = "my.jpg"` above (on Colab, upload it first), or, without a notebook,
-#   `python -m blindlib deblur my.jpg --out sharp.png`. The blur must be the same all over the picture: camera shake,
-#   a subject that moves as a whole, defocus.
-# - **Other answers**: `deblur(blurred, samples=4)` follows four searches and restores with the kernel of each, the one
-#   that explains the photograph best first. Where they differ, the photograph does not say. (`seed` above changes the
-#   shake, too.)
+# - **Your own photograph**: set `photo = "my.jpg"` above (on Colab, upload it first); the sharp one is written beside
+#   the other pictures of this notebook, `figures/00_quickstart_sharp.png`. Or, without a notebook, `python -m blindlib
+#   deblur my.jpg --out sharp.png`. The blur must be the same all over the picture: camera shake, a subject that moves
+#   as a whole, defocus.
+# - **Other answers**: `deblur(blurred, response="srgb", samples=4)` follows four searches and restores with the kernel
+#   of each, the one that explains the photograph best first. Where they differ, the photograph does not say. (`seed`
+#   above changes the shake, too.)
 # - **How it works**: notebook `01_dps` restores with a known kernel; `02_parallel_operator_diffusion` and
 #   `05_fast_diffusion_em` find the kernel too.

@@ -51,7 +51,6 @@ from blindlib.deblur import (
     REFINE_STEPS,
     ROUND_STEPS,
     ROUNDS,
-    STEPS_OF_TWO,
     read_image,
     resize,
     restore,
@@ -126,8 +125,8 @@ def methods(
         # A step of refinement: eight, and for three of them two more, which a way back costs; then to choose.
         if told == "linear":
             evaluations += 14 * REFINE_STEPS * ROUNDS + 20
-        else:  # first at a quarter of the pixels, then from two kernels
-            evaluations += (14 * REFINE_STEPS * ROUNDS + 2 * 16) // 4 + 2 * 14 * STEPS_OF_TWO * ROUNDS + 4 * 16 + 20
+        else:  # at a quarter of the pixels, too
+            evaluations += (14 * REFINE_STEPS * ROUNDS + 2 * 16) // 4 + 14 * REFINE_STEPS * ROUNDS + 3 * 16 + 20
         latents = {name: torch.cat([getattr(one, name) for one in made]).to(y) for name in ("image", "kernel")}
         return Result(latents, 1, torch.zeros(len(y)), evaluations, 0.0, {})
 
