@@ -640,7 +640,7 @@ def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(bounda
     inner = y[..., *seen((80, 80), (32, 32))]
     torch.testing.assert_close(inner, Blur("valid")(x, k), atol=1e-5, rtol=0)
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    options = dict(noise_std=0.02, rounds=1, refine=False)
+    options = dict(noise_std=0.02, rounds=1)
     found, _ = find_kernels(y, priors, Blur(boundary), **options)
     valid, _ = find_kernels(inner, priors, Blur("valid"), **options)
     assert torch.equal(found, valid)
