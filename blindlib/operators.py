@@ -614,7 +614,8 @@ def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: 
 
 def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, like: Tensor) -> Tensor:
     """A^T y of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian."""
-    differentiable = torch.is_grad_enabled()
+    # In y, and so in all that a residual y depends on. Else some maps would remember the zeros they were taken at.
+    differentiable = torch.is_grad_enabled() and y.requires_grad
     with torch.enable_grad():
         image = torch.zeros_like(like).requires_grad_(True)
         return torch.autograd.grad(forward(image), image, y, create_graph=differentiable)[0]

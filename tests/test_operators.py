@@ -327,13 +327,15 @@ def test_frames_are_single_frames_side_by_side(boundary, g):
 
 @pytest.mark.parametrize("frames", [None, 3])
 def test_turbulence_solves_for_the_image(frames, g):
-    """At the minimum of |y - A x|^2 + w |x - x0|^2 the gradient is zero."""
+    """At the minimum of |y - A x|^2 + w |x - x0|^2 the gradient is zero; of plain tensors the result is one, too."""
     shape = (1, 2, 8, 8) if frames is None else (1, frames, 2, 8, 8)
     operator, tilt = Turbulence(frames=frames), torch.randn(*shape, generator=g)
     image, start = torch.rand(2, 1, 3, 8, 8, generator=g)
     kernel = torch.rand(1, 1, 3, 3, generator=g) / 9
     y = operator(image, kernel, tilt)
-    x = operator.solve(y, kernel, tilt, start, 0.5, iterations=60).requires_grad_(True)
+    x = operator.solve(y, kernel, tilt, start, 0.5, iterations=60)
+    assert not x.requires_grad
+    x.requires_grad_(True)
     loss = (y - operator(x, kernel, tilt)).square().sum() + 0.5 * (x - start).square().sum()
     assert torch.autograd.grad(loss, x)[0].abs().max() < 1e-3
 
