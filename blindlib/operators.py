@@ -328,14 +328,15 @@ class LinearLight:
         of_image, of_y = _light_per_value(image), _light_per_value(y)
         # Where it is dark a little light is many values: without this scale a dozen iterations get nowhere. Kernels are
         # not negative and have the sum 1, so that A^T w is no less than the diagonal of A^T w A.
-        seen_with = _transposed(blurred, of_y**-2, image).clamp(min=0)  # an FFT's rounding
+        back = _transpose(blurred, image)
+        seen_with = back(of_y**-2).clamp(min=0)  # an FFT's rounding
         scale = (of_image**2 * seen_with + weight) ** -0.5
 
         def forward(change: Tensor) -> Tensor:
             return blurred(of_image * scale * change) / of_y
 
         def transposed(r: Tensor) -> Tensor:
-            return of_image * scale * _transposed(blurred, r / of_y, image)
+            return of_image * scale * back(r / of_y)
 
         missing, nothing = (to_light(y) - arrives) / of_y, torch.zeros_like(image)
         change = _conjugate_gradients(forward, transposed, missing, nothing, weight * scale**2, iterations)
@@ -485,8 +486,10 @@ class Turbulence:
         def forward(white: Tensor) -> Tensor:
             return self.blur((slope * smooth(white)[:, :, None]).sum(1), kernel)
 
+        back = _transpose(lambda x: self.blur(x, kernel), image)
+
         def transposed(r: Tensor) -> Tensor:
-            return smooth((slope * self.blur.adjoint(r, kernel)[:, None]).sum(2))
+            return smooth((slope * back(r)[:, None]).sum(2))
 
         if isinstance(weight, Tensor):
             weight = weight.flatten(0, -4)
@@ -609,27 +612,33 @@ def _fast_length(n: int) -> int:
 
 def _adjoint(operator: Blur | SpaceVaryingBlur | Downsample, y: Tensor, kernel: Tensor) -> Tensor:
     size = operator.sizes(tuple(y.shape[-2:]), tuple(kernel.shape[-2:]))["image"]
-    return _transposed(lambda x: operator(x, kernel.detach()), y, y.new_empty(*y.shape[:2], *size))
+    return _transpose(lambda x: operator(x, kernel.detach()), y.new_empty(*y.shape[:2], *size))(y)
 
 
-def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, like: Tensor) -> Tensor:
-    """A^T y of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian."""
-    # In y, and so in all that a residual y depends on. Else some maps would remember the zeros they were taken at.
-    differentiable = torch.is_grad_enabled() and y.requires_grad
+def _transpose(forward: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """A^T of the linear map ``forward`` from images ``like`` this: the transpose of its (constant) Jacobian.
+
+    Differentiable in its argument, and in what the map depends on.
+    """
+    image = torch.zeros_like(like)
+    depends = torch.is_grad_enabled() and forward(image).requires_grad
     with torch.enable_grad():
-        image = torch.zeros_like(like).requires_grad_(True)
-        return torch.autograd.grad(forward(image), image, y, create_graph=differentiable)[0]
+        made = forward(image.requires_grad_(True))
+
+    def transposed(y: Tensor) -> Tensor:
+        # Not always: transposes of some maps would remember the zeros.
+        differentiable = torch.is_grad_enabled() and (depends or y.requires_grad)
+        return torch.autograd.grad(made, image, y, retain_graph=True, create_graph=differentiable)[0]
+
+    return transposed
 
 
 def _proximal(
     forward: Callable[[Tensor], Tensor], y: Tensor, image: Tensor, weight: Tensor | float, iterations: int
 ) -> Tensor:
     """``argmin_x |y - A x|^2 + weight |x - image|^2`` by conjugate gradients, started at ``image``."""
-
-    def transposed(r: Tensor) -> Tensor:
-        return _transposed(forward, r, image)
-
-    return _conjugate_gradients(forward, transposed, y, image, weight, iterations)
+    _check_floats(image=image)
+    return _conjugate_gradients(forward, _transpose(forward, image), y, image, weight, iterations)
 
 
 def _conjugate_gradients(
