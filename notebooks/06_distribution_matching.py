@@ -73,7 +73,7 @@ from blindlib.priors import pick_device
 
 sizes = {
     "ci": {"degraded": 60, "clean": 20, "side": 48, "kernel": 9, "patch": 16, "flow": 10, "steps": 10, "few": 6,
-           "batch": 8, "fit": 10, "indirect": (4, 1), "held_out": 1, "seen": 49, "blind": 5, "parallel": 4, "width": 8},
+           "batch": 8, "fit": 10, "indirect": (4, 1), "held_out": 1, "seen": 49, "blind": 2, "parallel": 4, "width": 8},
     "cpu": {"degraded": 1000, "clean": 100, "side": 64, "kernel": 17, "patch": 32, "flow": 300, "steps": 60, "few": 100,
             "batch": 32, "fit": 400, "indirect": (64, 3), "held_out": 2, "seen": 97, "blind": 6, "parallel": 100,
             "width": 16},
