@@ -70,10 +70,11 @@ def blurred():
 
 
 @pytest.fixture
-def one_guess(monkeypatch):
-    """A kernel is sought from one guess and from no blur, in half the time."""
+def short_search(monkeypatch):
+    """A kernel is sought from one guess and from no blur, in half the steps."""
     module = sys.modules["blindlib.deblur"]
     monkeypatch.setattr(module, "GUESSES", module.GUESSES[:1])
+    monkeypatch.setattr(module, "EM_STEPS", 15)
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -390,13 +391,13 @@ def test_other_boundaries(boundary, blurred):
     assert psnr(out.image, x) > psnr(y, x) + 3
 
 
-def test_blind_from_a_file_to_a_file(tmp_path, blurred, one_guess):
+def test_blind_from_a_file_to_a_file(tmp_path, blurred, short_search):
     scene, k, _ = blurred
     y = LinearLight(Blur("valid"))(dead_leaves(1, 128, seed=77), k)
     y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
     write_image(y, tmp_path / "photo.png")
     status = main(
-        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "4", "--crop", "65"]
+        ["deblur", str(tmp_path / "photo.png"), "--out", str(tmp_path / "sharp.png"), "--rounds", "2", "--crop", "65"]
         + ["--kernel-out", str(tmp_path / "kernel.png"), "--error-out", str(tmp_path / "error.png")]
         + ["--quiet"]
     )
@@ -622,16 +623,16 @@ def test_each_stage_has_noise_of_its_own(blurred, monkeypatch):
     assert len(set(used)) == len(used) >= 14
 
 
-def test_the_kernel_is_found_from_what_the_sensor_saw(blurred, one_guess):
+def test_the_kernel_is_found_from_what_the_sensor_saw(blurred, short_search):
     _, k, y = blurred
     priors = {name: load_prior(name) for name in ("image", "kernel")}
-    found, rest = find_kernels(y[..., :65, :65], priors, Blur("valid"), 0.02, rounds=3)
+    found, rest = find_kernels(y[..., :65, :65], priors, Blur("valid"), 0.02, rounds=2)
     assert mnc(found, k) > max(0.75, mnc(no_blur(1, 32), k) + 0.2)
     assert 0.02 < rest[0] < 0.04
 
 
 @pytest.mark.parametrize("boundary", ["zero", "reflect"])
-def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(boundary, blurred, one_guess, monkeypatch):
+def test_the_kernel_is_found_far_from_the_edges_whatever_lies_beyond_them(boundary, blurred, short_search, monkeypatch):
     """There the blur is as the sensor sees it."""
     monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 2)
     scene, k, _ = blurred
@@ -739,13 +740,12 @@ def test_restoring_what_is_sharp_does_no_harm(blurred):
 
 
 @pytest.mark.parametrize("response", ["linear", "srgb"])
-def test_a_photo_that_is_not_blurred_comes_back_as_it_is(response, one_guess, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys.modules["blindlib.deblur"], "EM_STEPS", 15)
+def test_a_photo_that_is_not_blurred_comes_back_as_it_is(response, short_search, capsys, tmp_path):
     photo = resize(read_image(data.coffee()[:, :400]), 65)
     write_image(photo, tmp_path / "photo.png")
     given = photo if response == "linear" else tmp_path / "photo.png"
     photo = read_image(given)
-    out = deblur(given, rounds=4, error=True)
+    out = deblur(given, rounds=2, error=True)
     assert out.figures["response"] == response
     assert mnc(out.kernel, no_blur(1, 33)) >= 0.9 and torch.equal(out.image, photo)
     assert out.error.unique().item() == pytest.approx(out.figures["noise_std"])
