@@ -13,6 +13,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 BIN := .venv/bin
+# Python compiles what it imports; to compile all that is installed takes as long as installing it.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
 .PHONY: help demo test lab sync baselines figures train bench benchmark gpu clean
@@ -25,9 +27,9 @@ help:  ## this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "blindlib needs Python 3.11 or later; name one with make PYTHON=python3.12"; exit 1; }
 	@echo "setting up .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(PIP) $(TORCH)
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 # Of one's own photograph the truth is not known.
