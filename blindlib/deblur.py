@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blindlib.baselines import l0_pyramid, no_blur
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive, check_priors, is_integer
-from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, blur_of, diffusion_em, fast_em
+from blindlib.em import EM_BOUNDARIES, RESPONSES, Annealed, bare, blur_of, diffusion_em, fast_em
 from blindlib.files import whole
 from blindlib.jobs import imap_unordered
 from blindlib.metrics import mnc
@@ -56,13 +56,12 @@ REFINE_STEPS = 3
 PREDICT_FROM = 0.03
 RATE = 0.1
 # In light as many steps at half the size come first: from kernels made wider, by so much (standard deviation, in its
-# pixels), on a haze, between these levels of noise, at this rate; below this part of the peak all is haze. The noise is
-# no less than this: at half the size a blur is only nearly one.
+# pixels), on a haze, between these levels of noise, at this rate. The noise is no less than this: at half the size a
+# blur is only nearly one.
 WIDER = 1.0
 HAZE = 1e-4
 COARSE_LEVELS = (0.1, 0.03)
 COARSE_RATE = 0.15
-FAINT = 0.02
 COARSE_NOISE = 0.02
 LEVELS = torch.logspace(math.log10(98 / 255), math.log10(0.04), 8).tolist()
 LEVELS_IN_LIGHT = torch.logspace(math.log10(98 / 255), math.log10(0.02), 8).tolist()
@@ -706,7 +705,8 @@ def refine_kernels(
     again, has to be the second: noise is no help in that, and a wrong kernel leaves a picture that is wrong. This error
     is descended, with new noise at each step, by Adam on the kernel's logarithm. Unlike an M-step it feels how the
     restoration itself depends on the kernel, through its data steps and networks. Beside it counts the diffusion prior
-    of kernels, by its score at a random noise level.
+    of kernels, by its score at a random noise level. Neither sees haze, and Adam's steps are as long where the error is
+    flat: what comes out is :func:`~blindlib.em.bare`.
 
     It sharpens kernels that are nearly right. From one that is wrong it may go astray: no blur predicts well, too.
 
@@ -751,7 +751,7 @@ def refine_kernels(
         adam.zero_grad()
         (wrong.square().sum() / (2 * level**2) + (pull * kernel).sum()).backward()
         adam.step()
-    return log.detach().flatten(1).softmax(1).view_as(log)
+    return bare(log.detach().flatten(1).softmax(1).view_as(log))
 
 
 def refine_coarsely(
@@ -805,8 +805,6 @@ def refine_coarsely(
     levels = (max(first, 4 * noise_std), max(last, 2**0.5 * noise_std))
     options = dict(levels=levels, rate=COARSE_RATE, steps=steps, seed=seed, progress=progress)
     found = refine_kernels(y, wide, priors, blur, noise_std, **options)
-    found = found * (found > FAINT * found.amax((-2, -1), keepdim=True))
-    found = found / found.sum((-2, -1), keepdim=True)
     before, after = (prediction_error(y, k, priors["image"], blur, noise_std, seed=seed + 1) for k in (small, found))
     large = torch.cat([_enlarged(*pair) for pair in zip(found.split(1), kernels.split(1), strict=True)])
     return torch.where((after < before)[:, None, None, None], (kernels + large) / 2, kernels)

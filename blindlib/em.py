@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
@@ -336,6 +337,22 @@ def centred(kernel: Tensor) -> Tensor:
         mass = ndimage.center_of_mass(one)
         moved.append(torch.from_numpy(ndimage.shift(one, [m - c for m, c in zip(middle, mass, strict=True)])))
     return _simplex(torch.stack(moved)[:, None].to(kernel))
+
+
+def bare(kernel: Tensor, rims: bool = False) -> Tensor:
+    """Kernels (..., K, L) of sum one without what is fainter than a fiftieth of their peak.
+
+    A tenth of a fitted kernel may be haze all over its window. Few low frequencies show it, so it hardly changes what
+    is simulated or predicted; but it takes as much from all others, which a restoration then makes too strong: its
+    shadows are black. A real skirt that is as faint, such as a lens's glare, is lost with it. With ``rims``, what is
+    faint but next to a brighter pixel stays: up to a twentieth of a real kernel, and half a decibel. What moments show
+    there is as often haze.
+    """
+    bright = Threshold(0.02)(kernel, 0)
+    if rims:
+        beside = F.max_pool2d(bright.flatten(0, -3)[:, None], 3, stride=1, padding=1).reshape(kernel.shape)
+        bright = kernel * (beside > 0)
+    return bright / bright.sum((-2, -1), keepdim=True)
 
 
 def _simplex(kernel: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blindlib.checks import check_counts, check_kernel, check_noise
+from blindlib.em import bare
 from blindlib.jobs import Team
 from blindlib.metrics import mean_mnc
 from blindlib.moments import (
@@ -32,7 +33,6 @@ from blindlib.moments import (
     Images,
     Moments,
     Operator,
-    bare,
     checked_images,
     checked_operator,
     checked_sets,

@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blindlib.baselines import differences
 from blindlib.checks import check_counts, check_kernel, check_noise, check_positive
-from blindlib.em import Threshold, centred, fit_kernel
+from blindlib.em import Threshold, bare, centred, fit_kernel
 from blindlib.jobs import Team
 from blindlib.metrics import mean_mnc, recentred
 from blindlib.operators import Blur, Downsample, SpaceVaryingBlur, otf
@@ -482,21 +481,6 @@ def mirrored(psfs: Tensor) -> Tensor:
     for axis, cells in ((-1, 2), (-2, 1)):
         psfs = (psfs + psfs.flip(axis, cells)) / 2
     return psfs
-
-
-def bare(kernel: Tensor, rims: bool = False) -> Tensor:
-    """Kernels (..., K, L) of sum one without what is fainter than a fiftieth of their peak.
-
-    A tenth of a fitted kernel may be haze all over its window. Few low frequencies show it, so it hardly changes what
-    is simulated; but it takes as much from all others, which a restoration then makes too strong. A real skirt that is
-    as faint, such as a lens's glare, is lost with it. With ``rims``, what is faint but next to a brighter pixel stays:
-    up to a twentieth of a real kernel, and half a decibel. What moments show there is as often haze.
-    """
-    bright = Threshold(0.02)(kernel, 0)
-    if rims:
-        beside = F.max_pool2d(bright.flatten(0, -3)[:, None], 3, stride=1, padding=1).reshape(kernel.shape)
-        bright = kernel * (beside > 0)
-    return bright / bright.sum((-2, -1), keepdim=True)
 
 
 def standard(y: Tensor) -> Tensor:

@@ -456,6 +456,7 @@ def test_a_kernel_that_is_too_wide_is_refined(boundary, blurred):
     found = refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=8)
     assert found.min() >= 0 and found.sum() == pytest.approx(1, abs=1e-5)
     assert mnc(found, k) > mnc(wide, k) + 0.03
+    assert found[found > 0].min() > 0.02 * found.max() and (found == 0).sum() > (k == 0).sum() / 2, "there is haze"
     torch.testing.assert_close(found, refine_kernels(y, wide, priors, Blur(boundary), 0.02, steps=8))
 
 

@@ -26,9 +26,10 @@ from blindlib import (
 from blindlib import __main__ as command
 from blindlib.__main__ import main, read_folder
 from blindlib.deblur import read_image, write_image
+from blindlib.em import bare
 from blindlib.jobs import Team
 from blindlib.matching import Learned, _positions, between, flow_loss, operator_loss, velocity
-from blindlib.moments import bare, off_centre, simplex, standard
+from blindlib.moments import off_centre, simplex, standard
 from blindlib.operators import otf, to_light
 from blindlib.priors import WEIGHTS
 from blindlib.runs import Run

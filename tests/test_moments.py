@@ -22,11 +22,11 @@ from blindlib import (
     motion_kernels,
     runs,
 )
+from blindlib.em import bare
 from blindlib.moments import (
     _component,
     _reals,
     _tiles,
-    bare,
     off_centre,
     retrieved_kernel,
     spectrum_kernel,
